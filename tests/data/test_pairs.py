@@ -1,0 +1,125 @@
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from data_samples import caption, open_data_set, picture, write_data_set
+
+from blip_pipelines.data import storage
+from blip_pipelines.data.pairs import Pairs, write_pairs
+from blip_pipelines.data.records import PAIR_SCHEMA
+from blip_pipelines.data.storage import StorageError
+
+
+def table_of(captions: list[str], keys: list[str] | None = None) -> pa.Table:
+    row = {"member": "m", "shard": 0, "offset": 0, "size": 1, "width": 1, "height": 1, "origin": "web", "source": "s"}
+    keys = keys or [str(number) for number in range(len(captions))]
+    rows = [{**row, "key": k, "caption": c, "split": "train"} for k, c in zip(keys, captions, strict=True)]
+    return pa.Table.from_pylist(rows, PAIR_SCHEMA)
+
+
+def test_rows_give_their_caption_and_their_image(tmp_path):
+    pairs = open_data_set(tmp_path, [4, 3], captions_per_image=2)
+    assert len(pairs) == 14
+    assert pairs.shard_rows == (8, 6)
+    assert pairs.captions(np.array([13, 0])) == [caption(13), caption(0)]
+    assert pairs.image_bytes(5) == picture(2)
+    assert pairs.image_ids.tolist() == [n // 2 for n in range(14)]
+    assert pairs.unique_images().tolist() == list(range(0, 14, 2))
+
+
+def test_views_keep_ids_and_count_rows_per_shard(tmp_path):
+    pairs = open_data_set(tmp_path, [8, 4], captions_per_image=2)
+    val = pairs.select(split="val")
+    assert val.shard_rows == (4, 2)
+    assert set(val.image_ids) == {6, 7, 11}
+    assert val.image_bytes(4) == picture(11)
+    human = val.select(origins=["human"], subset="combo")
+    assert human.captions(np.arange(3)) == [caption(12), caption(14), caption(22)]
+    assert np.array_equal(human.image_ids, [6, 7, 11])
+    assert np.array_equal(human.text_ids, pairs.text_ids[[12, 14, 22]])
+    assert human.hash == pairs.hash == storage.content_hash(tmp_path / "pairs")
+    assert len(pairs.select(subset="concept")) == 0 and pairs.select(subset="concept").shard_rows == (0, 0)
+
+
+def test_rows_can_be_chosen_by_mask_or_by_number(tmp_path):
+    pairs = open_data_set(tmp_path, [4, 4])
+    mask = np.arange(8) % 3 == 0
+    assert pairs.select(rows=mask).image_ids.tolist() == [0, 3, 6]
+    repeated = pairs.select(rows=np.array([7, 0, 7]))
+    assert repeated.image_ids.tolist() == [0, 7, 7]
+    assert repeated.shard_rows == (1, 2)
+    assert repeated.unique_images().tolist() == [0, 1]
+    assert repeated.select(rows=np.array([1])).image_ids.tolist() == [7]
+
+
+def test_captions_equal_but_for_case_and_space_share_an_id(tmp_path):
+    texts = ["A  red crab", "a red crab ", "a red\u3000crab", "a red crabs", "", " ", "ÉTÉ", "été"]
+    write_pairs(tmp_path, [table_of(texts[:3]), table_of(texts[3:])], "none")
+    assert Pairs.open(tmp_path).text_ids.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
+
+
+def test_columns_keep_types_and_nulls(tmp_path):
+    pairs = open_data_set(tmp_path, [4, 4])
+    assert pairs.column("subset").tolist() == [None, None, None, "combo"] * 2
+    assert pairs.column("shard").dtype == np.int32
+    assert pairs.keys[2] == storage.sha256(picture(2))
+    assert np.isnan(pairs.column("match_probability")).all()
+
+
+def test_equal_tables_give_equal_bytes(tmp_path):
+    tables = [table_of(["a", "b"]), table_of(["c"])]
+    assert write_pairs(tmp_path / "a", tables, "x", {"web": 3}) == write_pairs(tmp_path / "b", tables, "x", {"web": 3})
+    assert (tmp_path / "a/00001.parquet").read_bytes() == (tmp_path / "b/00001.parquet").read_bytes()
+    assert Pairs.open(tmp_path / "a").manifest["web"] == 3
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", "swapped"])
+def test_a_bad_shard_is_named_with_the_remedy(tmp_path, damage):
+    pairs, images = write_data_set(tmp_path, [2, 2, 2])
+    path = pairs / "00001.parquet"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "changed":
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    else:
+        path.write_bytes((pairs / "00002.parquet").read_bytes())
+    with pytest.raises(StorageError, match=r"00001\.parquet.*run the stage"):
+        Pairs.open(pairs, images)
+
+
+def test_images_of_another_set_or_with_a_missing_shard_are_refused(tmp_path):
+    pairs, images = write_data_set(tmp_path / "a", [2, 2])
+    _, others = write_data_set(tmp_path / "b", [3, 2])
+    with pytest.raises(StorageError, match="other images"):
+        Pairs.open(pairs, others)
+    (images / "00001.tar").unlink()
+    with pytest.raises(StorageError, match=r"00001\.tar.*missing"):
+        Pairs.open(pairs, images)
+    with pytest.raises(StorageError, match="without its images"):
+        Pairs.open(pairs).image_bytes(0)
+
+
+def test_no_table_and_another_schema_are_refused(tmp_path):
+    with pytest.raises(StorageError, match="run the stage"):
+        Pairs.open(tmp_path / "nothing")
+    with pytest.raises(StorageError, match="schema"):
+        write_pairs(tmp_path, [table_of(["a"]).drop_columns(["reason"])], "x")
+    table = table_of(["a", "b"])
+    holes = table.set_column(7, PAIR_SCHEMA.field("caption"), pa.array(["a", None]))
+    with pytest.raises(StorageError, match="'caption' holds nulls"):
+        write_pairs(tmp_path, [holes], "x")
+
+
+def test_an_empty_table_opens(tmp_path):
+    write_pairs(tmp_path, [], "x")
+    pairs = Pairs.open(tmp_path)
+    assert len(pairs) == 0 and pairs.shard_rows == () and pairs.image_ids.shape == pairs.text_ids.shape == (0,)
+
+
+def test_pairs_travel_to_another_process(tmp_path):
+    pairs = open_data_set(tmp_path, [2, 2]).select(split="train")
+    pairs.image_bytes(0)
+    copy = pickle.loads(pickle.dumps(pairs))  # noqa: S301  our own bytes, as a spawned worker gets them
+    assert copy.image_bytes(1) == pairs.image_bytes(1)
+    assert copy.captions(np.arange(2)) == pairs.captions(np.arange(2))
