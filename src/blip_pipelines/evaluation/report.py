@@ -1,0 +1,352 @@
+"""The page a run ends with, and the flat numbers beside it.
+
+One section, one function; a section that has nothing to show says so in a line. Everything on the page comes from
+files and records that the stages left: the report computes no metric of its own.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from blip_pipelines.data import storage
+from blip_pipelines.evaluation.evidence import Evidence, fact, in_order, parquet, series, stages_with, subsets
+from blip_pipelines.evaluation.figures import bar_chart, line_chart
+from blip_pipelines.evaluation.gallery import captions, retrieval, samples
+from blip_pipelines.evaluation.page import (
+    Html,
+    document,
+    duration,
+    is_number,
+    note,
+    percent,
+    plain,
+    quantity,
+    share,
+    table,
+    tag,
+)
+
+SUBSETS = {
+    "combo": "an unseen combination of seen parts",
+    "image": "an unseen drawing of a seen concept",
+    "concept": "an unseen concept",
+}
+DOES = {
+    "ingestion": "pictures, captions, contracts",
+    "med_pretraining": "ITC + ITM + LM",
+    "evaluation": "retrieval, captions",
+    "release": "gate, register",
+}
+CURVES = {"itc": "Image-text contrastive", "itm": "Image-text matching", "lm": "Language modelling"}
+QUARANTINE_ROWS = 8
+
+
+def summary(metrics: Mapping[str, Any], stages: Mapping[str, dict]) -> dict[str, float]:
+    """Every number of the run under flat keys (design section 8): the metrics, `seconds/<stage>`, `seconds/total`.
+
+    What is not a finite number is left out, so that the file stays strict JSON.
+    """
+    seconds = {
+        f"seconds/{name}": record["seconds"] for name, record in stages.items() if is_number(record.get("seconds"))
+    }
+    flat = {key: value for key, value in {**metrics, **seconds}.items() if is_number(value)}
+    if seconds:
+        flat["seconds/total"] = sum(seconds.values())
+    return dict(sorted(flat.items()))
+
+
+def write_report(
+    out: Path,
+    *,
+    stages: Mapping[str, dict],
+    metrics: Mapping[str, float],
+    pairs: Path,
+    images: Path,
+    quarantine: Path,
+    history: Mapping[str, Sequence[dict]],
+    predictions: Mapping[str, Path],
+    credits: Sequence[Any],
+    registered: Sequence[dict],
+    noise: Path | None = None,
+    contracts: Any = None,
+    docs: Path | None = None,
+) -> None:
+    """Write the self-contained page `out`.
+
+    Args:
+        out: the HTML file; written atomically.
+        stages: run record by stage: `seconds`, and where known `samples_per_second`, `wait_share`, `mfu`,
+            `peak_memory_bytes`, `reused`, `facts` (also searched for these).
+        metrics: flat numbers `stage/metric/subset`.
+        pairs, images, quarantine: the data set; `quarantine` a parquet file.
+        history: rows {"step": int, name: value} by stage.
+        predictions: by stage, the folder with `predictions_retrieval.parquet` and `predictions_captions.parquet`.
+        credits: dicts `name`, `licence`, and where known `author`, `used_for`, `url`; or plain sentences.
+        registered: dicts `name`, `version`, `alias`, `stage`.
+        noise: the evaluator's side file; only with it are corrupted samples marked.
+        contracts: rows of rule results (`rule`, `severity`, `success`, `failed`), or a dict rule -> success.
+        docs: the folder of Data Docs, linked relative to the page.
+    """
+    entrance = next(iter(sorted(docs.rglob("index.html"), key=lambda path: len(path.parts))), None) if docs else None
+    evidence = Evidence(
+        stages=stages,
+        metrics=metrics,
+        pairs=pairs,
+        images=images,
+        quarantine=quarantine,
+        history=history,
+        predictions=predictions,
+        credits=credits,
+        registered=registered,
+        noise=noise,
+        contracts=contracts if contracts is not None else fact(stages.get("ingestion", {}), "contracts"),
+        docs=Path(os.path.relpath(entrance, out.parent)).as_posix() if entrance else None,
+    )
+    head = tag("header", tag("h1", "What this run did"), overview(evidence), pipeline_picture(evidence))
+    sections = [(anchor, title, show(evidence)) for anchor, title, show in SECTIONS]
+    storage.write_atomic(out, document("BLIP run report", head, sections))
+
+
+def overview(evidence: Evidence) -> Html:
+    """The run in one paragraph."""
+    words: list[str] = []
+    data = parquet(evidence.pairs)
+    if data is not None and data.count_rows():
+        columns = data.to_table(["origin", "split", "key"])
+        train = columns.filter(pc.equal(columns["split"], "train"))
+        human = pc.sum(pc.equal(train["origin"], "human")).as_py() or 0
+        pictures = pc.count_distinct(train["key"]).as_py()
+        people = share(human, len(train))
+        words.append(
+            f"The data: {len(train):,} captions of {pictures:,} pictures to learn from, {people} of them written"
+        )
+        words.append(f" by people, and {len(columns) - len(train):,} pairs held out.")
+    total = sum(record["seconds"] for record in evidence.stages.values() if is_number(record.get("seconds")))
+    if total:
+        words.append(f" The {len(evidence.stages)} stages took {duration(total)}.")
+    for stage in stages_with(evidence, "i2t_r5"):
+        found = []
+        for subset in subsets(evidence, stage, "i2t_r5"):
+            value = evidence.metrics[f"{stage}/i2t_r5/{subset}"]
+            where = f" ({SUBSETS[subset]})" if subset in SUBSETS else ""
+            found.append(f"{percent(value)} on {subset}{where}")
+        words.append(
+            f" After {stage} the right caption of a held-out picture is among the first five in {', '.join(found)}."
+        )
+    return tag("p", "".join(words) or "No stage has run yet.", class_="lead")
+
+
+def pipeline_picture(evidence: Evidence) -> Html:
+    """The stages that ran, in order, with what they do and the time they took."""
+    boxes = []
+    for name in in_order(evidence.stages):
+        record = evidence.stages[name]
+        took = "reused" if fact(record, "reused") else seconds_of(record)
+        lines = [tag("span", line) for line in (DOES.get(name), took) if line]
+        boxes.append(tag("li", tag("b", name), lines))
+    return tag("ol", boxes, class_="stages") if boxes else note("No run records.")
+
+
+def refused(evidence: Evidence) -> Html:
+    """What ingestion put into quarantine: counts by reason, then the first rows."""
+    data = parquet(evidence.quarantine)
+    rows = data.to_table() if data is not None else None
+    if rows is None or not len(rows):
+        return note(
+            "Nothing was refused." if rows is not None else "No quarantine table yet: the ingestion stage writes it."
+        )
+    counts = rows.group_by("reason").aggregate([("reason", "count")]).sort_by([("reason_count", "descending")])
+    by_reason = [(row["reason"], f"{row['reason_count']:,}") for row in counts.to_pylist()]
+    first = [(row["member"], row["reason"], row["error"]) for row in rows.slice(0, QUARANTINE_ROWS).to_pylist()]
+    return tag(
+        "div",
+        tag(
+            "p", f"{len(rows):,} inputs were refused; the table {evidence.quarantine.name} names each with its reason."
+        ),
+        table(["reason", "inputs"], by_reason),
+        table(["member", "reason", "error"], first, texts=3, caption=f"The first {len(first)}"),
+    )
+
+
+def contract_results(evidence: Evidence) -> Html:
+    """Which rules of the data contract held, and where to read more."""
+    where = (
+        [tag("p", tag("a", "Data Docs", href=evidence.docs), " show every rule with its figures.")]
+        if evidence.docs
+        else []
+    )
+    rules = evidence.contracts
+    if not rules:
+        return tag("div", note("No contract results were recorded."), where)
+    if isinstance(rules, Mapping) and isinstance(rules.get("rules"), Sequence):
+        rules = rules["rules"]
+    if isinstance(rules, Mapping):
+        rules = [
+            {"rule": name, **(held if isinstance(held, Mapping) else {"success": held})} for name, held in rules.items()
+        ]
+    failed = [rule for rule in rules if rule.get("success") is False]
+    verdict = f"All {len(rules)} rules held." if not failed else f"{len(failed)} of {len(rules)} rules did not hold."
+    rows = [
+        (
+            rule.get("rule", ""),
+            str(rule.get("severity", "")),
+            words_of(rule.get("success")),
+            f"{rule['failed']:,}" if is_number(rule.get("failed")) else "",
+        )
+        for rule in rules
+    ]
+    return tag(
+        "div", tag("p", verdict), where, table(["rule", "severity", "result", "rows that failed"], rows, texts=3)
+    )
+
+
+def curves(evidence: Evidence) -> Html:
+    """Losses and validation probe over the steps of each stage that trains."""
+    parts: list[Html] = []
+    for stage in in_order(name for name, rows in evidence.history.items() if rows):
+        rows = evidence.history[stage]
+        names = sorted({name for row in rows for name in row if name != "step"})
+        charts = [
+            line_chart(
+                f"{title} loss", {name: series(rows, name)}, x_label="optimizer step", y_label="nats", colour=index
+            )
+            for index, (name, title) in enumerate(CURVES.items())
+            if name in names
+        ]
+        probes = {words_of_probe(name): series(rows, name) for name in names if name.startswith("val/")}
+        shares = {name: points for name, points in probes.items() if "R@" in name}
+        losses = {name: points for name, points in probes.items() if name not in shares}
+        for title, chosen, is_share in (("Validation retrieval", shares, True), ("Validation losses", losses, False)):
+            if chosen:
+                label = "recall" if is_share else "nats"
+                charts.append(line_chart(title, chosen, x_label="optimizer step", y_label=label, percent=is_share))
+        if not charts and "loss" in names:
+            charts.append(line_chart("Loss", {"loss": series(rows, "loss")}, x_label="optimizer step", y_label="nats"))
+        parts += [tag("h3", stage), tag("div", charts, class_="figures")]
+    return tag("div", parts) if parts else note("No training history yet.")
+
+
+def measures(evidence: Evidence) -> Html:
+    """Retrieval against chance, captions against the nearest training caption, per subset; then every number."""
+    parts: list[Html] = []
+    metrics = evidence.metrics
+    for stage in stages_with(evidence, "i2t_r5"):
+        rows, bars = [], []
+        for subset in subsets(evidence, stage, "i2t_r5"):
+            names = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+            values = [metrics.get(f"{stage}/{name}/{subset}") for name in names]
+            rows.append([tag("b", subset), *(percent(value) for value in values)])
+            chance = [metrics.get(f"{stage}/chance_{name}/{subset}") for name in names]
+            if any(is_number(value) for value in chance):
+                rows.append([tag("span", "chance", class_="reference"), *(percent(value) for value in chance)])
+            for way in ("i2t", "t2i"):
+                if is_number(reached := metrics.get(f"{stage}/{way}_r5/{subset}")):
+                    bars.append((f"{subset} {way}", reached, metrics.get(f"{stage}/chance_{way}_r5/{subset}")))
+        heads = ["subset", *(f"{way} R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))]
+        parts += [
+            tag("h3", f"Retrieval, {stage}"),
+            note("i2t: a picture asks, captions answer; t2i: the reverse. R@k: a match is among the first k."),
+            table(heads, rows),
+            tag("div", bar_chart("R@5, with chance as a tick", bars), class_="figures"),
+        ]
+    for stage in stages_with(evidence, "cider"):
+        names = [name for name in CAPTION_MEASURES if subsets(evidence, stage, name)]
+        rows = [
+            [tag("b", subset), *(plain(metrics.get(f"{stage}/{name}/{subset}")) for name in names)]
+            for subset in subsets(evidence, stage, "cider")
+        ]
+        parts += [tag("h3", f"Captions, {stage}"), table(["subset", *(CAPTION_MEASURES[name] for name in names)], rows)]
+    flat = summary(metrics, evidence.stages)
+    if flat:
+        everything = table(["key", "value"], [(tag("code", key), plain(value)) for key, value in flat.items()])
+        parts.append(tag("details", tag("summary", f"All {len(flat)} numbers of summary.json"), everything))
+    return tag("div", parts) if parts else note("No metrics yet: the evaluation stage writes them.")
+
+
+CAPTION_MEASURES = {
+    "cider": "CIDEr-D",
+    "bleu4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "baseline_cider": "nearest training caption, CIDEr-D",
+    "cider_gain_low": "gain, 95 % from",
+    "cider_gain_high": "to",
+}
+
+
+def times(evidence: Evidence) -> Html:
+    """Time and throughput per stage; columns nobody filled are left out."""
+    if not evidence.stages:
+        return note("No run records.")
+    columns: dict[str, Callable[[dict], str]] = {
+        "time": seconds_of,
+        "samples/s": lambda record: quantity(fact(record, "samples_per_second"), "{:,.1f}"),
+        "data wait": lambda record: quantity(fact(record, "wait_share"), "{:.1%}"),
+        "share of peak FLOP/s": lambda record: quantity(fact(record, "mfu"), "{:.1%}"),
+        "peak memory": lambda record: quantity(fact(record, "peak_memory_bytes"), "{:.2f} GB", 1e-9),
+        "note": lambda record: "reused, not run again" if fact(record, "reused") else "",
+    }
+    names = in_order(evidence.stages)
+    cells = {head: [write(evidence.stages[name]) for name in names] for head, write in columns.items()}
+    heads = [head for head in columns if any(cells[head])]
+    rows = [[name, *(cells[head][index] for head in heads)] for index, name in enumerate(names)]
+    return table(["stage", *heads], rows)
+
+
+def models(evidence: Evidence) -> Html:
+    """What was registered and the command that serves it."""
+    if not evidence.registered:
+        return note("No model was registered by this run.")
+    rows = [[str(model.get(key, "")) for key in ("name", "version", "alias", "stage")] for model in evidence.registered]
+    first = evidence.registered[0]
+    name, alias = first["name"], first.get("alias", "candidate")
+    return tag(
+        "div",
+        table(["model", "version", "alias", "from stage"], rows, texts=4),
+        tag("p", "Serve one over HTTP, or load it in Python:"),
+        tag("pre", f"make serve NAME={name} ALIAS={alias}"),
+        tag("pre", f'mlflow.pyfunc.load_model("models:/{name}@{alias}")'),
+    )
+
+
+def credit_list(evidence: Evidence) -> Html:
+    """Whose pictures, names and weights these are."""
+    lines = []
+    for credit in evidence.credits:
+        if isinstance(credit, Mapping):
+            name = tag("a", credit["name"], href=credit["url"]) if credit.get("url") else tag("b", credit["name"])
+            rest = [str(credit[key]) for key in ("author", "used_for", "licence", "note") if credit.get(key)]
+            lines.append(tag("li", name, ": " if rest else None, "; ".join(rest)))
+        else:
+            lines.append(tag("li", str(credit)))
+    return tag("ul", lines) if lines else note("No third-party material is credited.")
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[Evidence], Html]], ...] = (
+    ("measures", "How good it is", measures),
+    ("samples", "What it learnt from", samples),
+    ("quarantine", "What ingestion refused", refused),
+    ("contracts", "Data contracts", contract_results),
+    ("curves", "How it learnt", curves),
+    ("retrieval", "Retrieval, right and wrong", retrieval),
+    ("captions", "Captions it wrote", captions),
+    ("times", "Time and throughput", times),
+    ("models", "Registered models", models),
+    ("credits", "Credits", credit_list),
+)
+
+
+def words_of_probe(name: str) -> str:
+    """`val/i2t_r5/image` as `image i2t R@5`."""
+    _, metric, *subset = name.split("/")
+    return " ".join([*subset, metric.replace("_r", " R@") if metric[:3] in ("i2t", "t2i") else metric])
+
+
+def seconds_of(record: Mapping[str, Any]) -> str:
+    return duration(record["seconds"]) if is_number(record.get("seconds")) else ""
+
+
+def words_of(held: Any) -> str:
+    return "\u2713 held" if held is True else "\u2717 failed" if held is False else "not checked"
