@@ -6,6 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.decoders import WordPiece as WordPieceDecoder
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
 
 from blip_pipelines.data.pairs import Pairs, write_pairs
 from blip_pipelines.data.records import PAIR_SCHEMA
@@ -62,3 +68,20 @@ def write_data_set(folder: Path, images_per_shard: list[int], captions_per_image
 
 def open_data_set(folder: Path, images_per_shard: list[int], captions_per_image: int = 1) -> Pairs:
     return Pairs.open(*write_data_set(folder, images_per_shard, captions_per_image))
+
+
+def tokenizer_json(words: list[str] = WORDS) -> bytes:
+    """A whole WordPiece tokenizer as BERT's: specials away from 0, unused tokens, letters, words and endings."""
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789-',.!?/蟹")
+    endings = ["ing", "ish", "er"]
+    pieces = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces += [*letters, *(f"##{piece}" for piece in letters + endings), *words, "horse", "walk", "##horse"]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
+    tokenizer.decoder = WordPieceDecoder(prefix="##", cleanup=True)
+    ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends)
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    tokenizer.enable_truncation(8)
+    return tokenizer.to_str().encode()
