@@ -145,10 +145,15 @@ class Pairs:
         at = self._rows[row]
         return self._table.reader.read(int(shard[at]), int(offset[at]), int(size[at]))
 
+    def preload(self) -> None:
+        """Read what training needs now, so that forked workers share it instead of reading it each."""
+        self._table.column("caption")
+        _ = self._table.places, self.image_ids, self.text_ids
+
     def describe(self, row: int) -> str:
         """Names a row for messages: shard, member and key."""
         at = self._rows[row]
-        shard, member, key = (self._table.column(name)[at].as_py() for name in ("shard", "member", "key"))
+        shard, member, key = (self._table.read(name)[at].as_py() for name in ("shard", "member", "key"))
         return f"{shards.shard_name(shard)}, member {member}, key {key[:12]}"
 
     def unique_images(self) -> np.ndarray:
@@ -177,13 +182,16 @@ class _Table:
 
     def column(self, name: str) -> pa.Array:
         if name not in self._columns:
-            field = PAIR_SCHEMA.field(name)
-            # Large strings: the 32-bit offsets of plain ones end at 2 GB of captions.
-            kind = pa.large_string() if pa.types.is_string(field.type) else field.type
-            parts = [pq.ParquetFile(path).read([name])[name].cast(kind) for path in self.paths]
-            chunks = [chunk for part in parts for chunk in part.chunks]
-            self._columns[name] = pa.concat_arrays(chunks) if chunks else pa.array([], kind)
+            self._columns[name] = self.read(name)
         return self._columns[name]
+
+    def read(self, name: str) -> pa.Array:
+        kind = PAIR_SCHEMA.field(name).type
+        if pa.types.is_string(kind):  # the 32-bit offsets of plain strings end at 2 GB of captions
+            kind = pa.large_string()
+        parts = [pq.ParquetFile(path).read([name])[name].cast(kind) for path in self.paths]
+        chunks = [chunk for part in parts for chunk in part.chunks]
+        return pa.concat_arrays(chunks) if chunks else pa.array([], kind)
 
     @cached_property
     def places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -192,7 +200,7 @@ class _Table:
 
     @cached_property
     def image_ids(self) -> np.ndarray:
-        return _dense_ids(self.column("key"))
+        return _dense_ids(self.read("key"))  # not kept: it is the largest column, and ids replace it
 
     @cached_property
     def text_ids(self) -> np.ndarray:

@@ -1,0 +1,187 @@
+"""Features of a frozen image encoder, computed once per stored image and read back by key.
+
+Trades disk for time: a frozen tower would otherwise see every image again each epoch. Augmentation shrinks to V fixed
+views of an image, of which view 0 is the evaluation view. One float16 array per tar shard, each written atomically, so
+that a killed run goes on where it was; the folder is named by all that decides its content.
+"""
+
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from blip_pipelines.data import shards, storage
+from blip_pipelines.data.images import decode
+from blip_pipelines.data.order import draw
+from blip_pipelines.data.storage import StorageError
+from blip_pipelines.data.transforms import ImageConfig, augment, to_pixels
+
+_INDEX = "index.json"
+_REMEDY = "remove the folder; the stage that uses it computes it again"
+
+Encode = Callable[[np.ndarray], np.ndarray]  # (B, 3, S, S) uint8 -> (B, N, P) floating point
+
+
+class FeatureCache:
+    """Features (N, P) float16 of V views of every image of an images folder, memory-mapped."""
+
+    def __init__(self, folder: Path):
+        """Open a finished cache; sizes and the index are checked here, contents by `verify`.
+
+        Raises:
+            StorageError: the cache is missing, unfinished or damaged.
+        """
+        index = storage.read_json(folder / _INDEX)
+        if index.get("sha256") != _hash_of({name: value for name, value in index.items() if name != "sha256"}):
+            raise StorageError(f"{folder / _INDEX}: does not match its own hash; {_REMEDY}")
+        self.folder, self.identity = folder, index["identity"]
+        self.views, self.tokens, self.width = index["shape"]
+        self._files = [folder / entry["name"] for entry in index["files"]]
+        self._hashes = [entry["sha256"] for entry in index["files"]]
+        self._place: dict[str, tuple[int, int]] = {}
+        for number, (file, entry) in enumerate(zip(self._files, index["files"], strict=True)):
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                raise StorageError(f"{file}: missing or not of {entry['bytes']} bytes; {_REMEDY}")
+            self._place.update((key, (number, row)) for row, key in enumerate(entry["keys"]))
+        self._arrays: dict[int, np.ndarray] = {}
+
+    @classmethod
+    def create(
+        cls, root: Path, images: Path, config: ImageConfig, tower_hash: str, encode: Encode, batch_images: int = 64
+    ) -> "FeatureCache":
+        """Open the cache of these images, tower and views under `root`; compute what is missing of it.
+
+        Args:
+            root: holds one folder per cache.
+            images: folder of tar shards; every image in it gets features, whatever pairs use it.
+            config: size of the views, their number, and how views after the first are augmented.
+            tower_hash: names the weights and code of the encoder.
+            encode: (B, 3, S, S) uint8 to (B, N, P); deterministic, called with at most `batch_images` images.
+
+        Raises:
+            StorageError: the disk is full, or an image shard is damaged.
+            ValueError: features are not finite in float16.
+        """
+        identity = {"tower": tower_hash, "views": asdict(config), "images": storage.content_hash(images)}
+        folder = root / _hash_of(identity)[:16]
+        if not (folder / _INDEX).exists():
+            entries = [_fill(folder, images, shard, config, encode, batch_images) for shard in _shards(images)]
+            shapes = {tuple(entry.pop("shape")) for entry in entries}
+            if len(shapes) != 1:
+                raise StorageError(f"{folder}: shards hold features of shapes {sorted(shapes)}; {_REMEDY}")
+            index = {"identity": identity, "shape": shapes.pop(), "files": entries}
+            storage.write_json(folder / _INDEX, {**index, "sha256": _hash_of(index)})
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def verify(self) -> None:
+        """Compare every file with the hash taken when it was written.
+
+        Raises:
+            StorageError: names the file that changed.
+        """
+        for file, expected in zip(self._files, self._hashes, strict=True):
+            if storage.sha256_file(file) != expected:
+                raise StorageError(f"{file}: content changed since it was written; {_REMEDY}")
+
+    def places(self, keys: Iterable[str]) -> np.ndarray:
+        """(B, 2) int64: file and row of each image key, for `gather`.
+
+        Raises:
+            StorageError: an image has no features here.
+        """
+        try:
+            return np.array([self._place[key] for key in keys], np.int64).reshape(-1, 2)
+        except KeyError as error:
+            raise StorageError(f"{self.folder}: no features of image {error}; they are of other images") from error
+
+    def gather(self, places: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """(B, N, P) float16: features at `places` (B, 2), of each the view in `views` (B,)."""
+        features = np.empty((len(places), self.tokens, self.width), np.float16)
+        for number in np.unique(places[:, 0]):
+            here = places[:, 0] == number
+            features[here] = self._array(int(number))[places[here, 1], views[here]]
+        return features
+
+    def read(self, keys: Sequence[str], view: int = 0) -> np.ndarray:
+        """(B, N, P) float16: features of one view of the images with these keys."""
+        return self.gather(self.places(keys), np.full(len(keys), view))
+
+    def _array(self, number: int) -> np.ndarray:
+        if number not in self._arrays:
+            self._arrays[number] = np.load(self._files[number], mmap_mode="r", allow_pickle=False)
+        return self._arrays[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": {}}  # a pickled memory map would carry its whole content
+
+
+def expected_bytes(images: Path, config: ImageConfig, tokens: int, width: int) -> int:
+    """Disk that a cache of these images will take, for the caller to say before it is made."""
+    return sum(shard.images for shard in _shards(images)) * config.views * tokens * width * 2
+
+
+def _shards(images: Path) -> list[shards.Shard]:
+    return [shard for shard in shards.read_manifest(images) if shard.images]
+
+
+def _fill(
+    folder: Path, images: Path, shard: shards.Shard, config: ImageConfig, encode: Encode, batch_images: int
+) -> dict[str, Any]:
+    """Compute one file, unless an earlier run finished it; returns its index entry."""
+    file = folder / Path(shard.name).with_suffix(".npy").name
+    note = file.with_suffix(".json")  # written last, so that its presence says the array is whole
+    if note.exists():
+        return storage.read_json(note)
+    keys: list[str] = []
+    shape: tuple[int, ...] = ()
+    with storage.writing(file) as temporary, temporary.open("wb") as array:
+        for batch_keys, features in _encode_shard(images / shard.name, config, encode, batch_images):
+            if not keys:
+                shape = features.shape[1:]
+                header = {"descr": "<f2", "fortran_order": False, "shape": (shard.images, *shape)}
+                np.lib.format.write_array_header_1_0(array, header)
+            array.write(features.tobytes())
+            keys += batch_keys
+    found = {"name": file.name, "sha256": storage.sha256_file(file), "bytes": file.stat().st_size}
+    entry = {**found, "keys": keys, "shape": list(shape)}
+    storage.write_json(note, entry)
+    return entry
+
+
+def _encode_shard(
+    path: Path, config: ImageConfig, encode: Encode, batch_images: int
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Keys and (B, V, N, P) float16 features of the images of a tar, in its order."""
+    with tarfile.open(path, "r:") as tar:
+        members = tar.getmembers()
+        for start in range(0, len(members), batch_images):
+            files = (tar.extractfile(member) for member in members[start : start + batch_images])
+            contents = [file.read() for file in files if file is not None]
+            keys = [storage.sha256(content) for content in contents]
+            decoded = [decode(content, limits=None) for content in contents]
+            views = []
+            for view in range(config.views):
+                pixels = [_view(image, key, view, config) for image, key in zip(decoded, keys, strict=True)]
+                views.append(np.asarray(encode(np.stack(pixels))).astype("<f2"))
+            features = np.stack(views, 1)
+            if not np.isfinite(features).all():
+                raise ValueError(f"{path}: features are not finite in float16; scale the outputs of the tower")
+            yield keys, features
+
+
+def _view(image: Image.Image, key: str, view: int, config: ImageConfig) -> np.ndarray:
+    if view == 0:
+        return to_pixels(image, config.size)
+    return augment(image, config, draw(0, view, "fixed view", int(key[:12], 16), 1, config.draws)[0])
+
+
+def _hash_of(value: Any) -> str:
+    return storage.sha256(json.dumps(value, sort_keys=True).encode())
