@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image, ImageEnhance, ImageOps
-from torch import Tensor
 
 _CROP_TRIES = 10
 _AREAS = slice(3, 3 + _CROP_TRIES)  # draws 0 and 1 place the crop, 2 flips
@@ -29,6 +27,7 @@ class ImageConfig:
 
     Attributes:
         size: side of the square view.
+        mean, std: by which the model normalises pixels / 255, on its device; exports write them into the processor.
         augment: whether training sees augmented views; otherwise the evaluation view.
         crop_scale: share of the area that a random crop keeps (pretraining 0.2 to 1, fine-tuning 0.5 to 1).
         randaugment_operations, randaugment_magnitude: N and M (of 10) of RandAugment.
@@ -101,12 +100,6 @@ def augment_crop(
             operation = _POOL[int(choice * len(_POOL))]
             view = operation(view, config.randaugment_magnitude / _MAX_MAGNITUDE, -1.0 if sign < 0.5 else 1.0)
     return _channels_first(view)
-
-
-def normalise(pixels: Tensor, config: ImageConfig) -> Tensor:
-    """(B, 3, S, S) uint8 on any device to float32 of the models' mean and deviation."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (config.mean, config.std))
-    return (pixels.to(torch.float32) / 255 - mean) / std
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:
