@@ -1,0 +1,99 @@
+"""ITM, image-text matching with hard negatives (BLIP 3.2, ALBEF 3.2).
+
+For each image one text that does not belong to it, for each text one such image, likelier the more similar they look
+to ITC. All 3 G pairs of a step are one batch. A pair is scored on the rank that holds its image: token ids travel,
+image tokens (hundreds of vectors an image) do not, so ranks score different numbers of pairs.
+
+Differs: BLIP draws from the local batch and forbids the own row only; here from the global batch, by the global row's
+own draw, and neither another caption of the image nor an equal caption is a negative. `uniform_share` softens the
+choice: with none, ITM of a small model stayed at its prior.
+
+Shapes: B own rows, G rows of the global micro-batch, P pairs scored on this rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+WEIGHT_FLOOR = 1e-4  # as BLIP: no allowed candidate is ever impossible
+NO_NEGATIVE = -1
+_FIXED_POINT = 2.0**40
+
+
+@torch.no_grad()
+def hard_negatives(similarity_BG: Tensor, forbidden_BG: Tensor, draw_B: Tensor, uniform_share: float) -> Tensor:
+    """(B,) int64 index of one allowed candidate a row, by inverse CDF; `NO_NEGATIVE` where all are forbidden.
+
+    The weights are BLIP's, softmax of the similarities + 1e-4, over the allowed candidates; `uniform_share` of the
+    probability is spread evenly over them instead.
+
+    Args:
+        similarity_BG: as scaled for ITC; float32 or float64.
+        forbidden_BG: bool.
+        draw_B: in [0, 1), float64.
+        uniform_share: in [0, 1]; 0 is BLIP's choice.
+    """
+    allowed_BG = ~forbidden_BG
+    weight_BG = (similarity_BG.softmax(1) + WEIGHT_FLOOR) * allowed_BG
+    uniform_BG = allowed_BG / allowed_BG.sum(1, keepdim=True).clamp(min=1)
+    hard_BG = weight_BG / weight_BG.sum(1, keepdim=True).clamp(min=WEIGHT_FLOOR)
+    probability_BG = torch.lerp(hard_BG, uniform_BG.to(hard_BG), uniform_share)
+    # Whole numbers: their running sum is exact, in any order, on any device, so a forbidden candidate's interval is
+    # empty and an allowed one's is not.
+    mass_BG = (probability_BG.double() * _FIXED_POINT).long().clamp(min=1) * allowed_BG
+    cdf_BG = mass_BG.cumsum(1)
+    total_B1 = cdf_BG[:, -1:]
+    point_B1 = (draw_B[:, None] * total_B1).long().minimum(total_B1 - 1)
+    index_B = torch.searchsorted(cdf_BG, point_B1, right=True)[:, 0]
+    return index_B.where(total_B1[:, 0] > 0, NO_NEGATIVE)
+
+
+class MatchingPairs(NamedTuple):
+    """The pairs this rank scores."""
+
+    image: Tensor  # (P,) int64, row among this rank's images
+    text: Tensor  # (P,) int64, row of the global micro-batch
+    matches: Tensor  # (P,) int64, 1 where image and text belong together
+    counts: Tensor  # (P,) bool, false for the stand-in of a negative that does not exist
+    total: Tensor  # scalar int64, global: pairs of all ranks that count
+
+
+def matching_pairs(text_of_image_B: Tensor, image_of_text_G: Tensor, rank: int, ranks: int) -> MatchingPairs:
+    """The own pairs, the own images with their negative texts, and the global texts whose negative image is here.
+
+    A row without an allowed negative gives none, neither as image nor as text; the total is smaller by 2 for it.
+
+    Args:
+        text_of_image_B: negatives of this rank's images, rows of the global micro-batch or `NO_NEGATIVE`.
+        image_of_text_G: negatives of all texts, alike; equal on every rank.
+    """
+    own_B = torch.arange(len(text_of_image_B), device=text_of_image_B.device)
+    first = rank * len(own_B)
+    if ranks == 1:  # all texts are at home: the shape is known without asking the device
+        text_here = own_B
+    else:
+        text_here = (image_of_text_G.div(len(own_B), rounding_mode="floor") == rank).nonzero()[:, 0]
+    image_here = image_of_text_G[text_here]
+    matches_P = torch.zeros(2 * len(own_B) + len(text_here), dtype=torch.int64, device=own_B.device)
+    matches_P[: len(own_B)] = 1
+    return MatchingPairs(
+        image=torch.cat([own_B, own_B, (image_here - first).clamp(min=0)]),
+        text=torch.cat([own_B + first, text_of_image_B.clamp(min=0), text_here]),
+        matches=matches_P,
+        counts=torch.cat([torch.ones_like(own_B, dtype=torch.bool), text_of_image_B >= 0, image_here >= 0]),
+        total=3 * len(image_of_text_G) - 2 * (image_of_text_G < 0).sum(),
+    )
+
+
+def itm_share(logits_P2: Tensor, pairs: MatchingPairs) -> tuple[Tensor, Tensor]:
+    """This rank's share of the two-class cross-entropy and of the accuracy; over ranks they sum to the global means.
+
+    Returns:
+        scalars, at least float32; the accuracy without gradient.
+    """
+    logits_P2 = logits_P2 if logits_P2.dtype == torch.float64 else logits_P2.float()
+    loss_P = cross_entropy(logits_P2, pairs.matches, reduction="none")
+    is_right_P = (logits_P2.detach().argmax(1) == pairs.matches) & pairs.counts
+    return (loss_P * pairs.counts).sum() / pairs.total, is_right_P.sum() / pairs.total
