@@ -1,0 +1,25 @@
+"""A source → images, pairs, quarantine, contracts."""
+
+from kedro.pipeline import Node, Pipeline
+
+from blip_pipelines.pipelines.ingestion.nodes import check_contracts, ingest
+
+
+def create_pipeline() -> Pipeline:
+    return Pipeline(
+        [
+            Node(
+                ingest,
+                ["source", "ingestion_places", "params:ingestion"],
+                ["images", "pairs", "quarantine", "noise", "ingestion_run"],
+                name="ingest",
+            ),
+            Node(
+                check_contracts,
+                ["pairs", "images", "ingestion_places", "params:ingestion"],
+                ["pairs_checked", "contracts", "data_docs"],
+                name="check_contracts",
+            ),
+        ],
+        tags="ingestion",
+    )

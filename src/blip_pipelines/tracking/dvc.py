@@ -1,0 +1,142 @@
+"""`dvc.yaml`, written from the Kedro registry and catalog; and what a run made, recorded in `dvc.lock`.
+
+    python -m blip_pipelines.tracking.dvc [--check]
+
+A stage is a pipeline. It depends on the data that it reads, on its parameters but those that only change speed, and
+on code: the import closure of its nodes, of the jobs that they launch and of the classes in its catalog entries. Code
+that is left out of a hand-written list goes unnoticed; a closure cannot forget.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HEADER = "# Written from the Kedro pipelines and catalog by `make dvc-yaml`; a test holds them equal. Do not edit.\n"
+WATCHERS = {"tracking/runs.py"}  # sends numbers to MLflow; no output depends on it
+
+
+def render(root: Path) -> str:
+    """The text of `dvc.yaml` for the project in `root`, environment `base`."""
+    from kedro.config import OmegaConfigLoader
+    from kedro.framework.project import pipelines
+    from kedro.framework.startup import bootstrap_project
+
+    bootstrap_project(root)
+    config = OmegaConfigLoader(str(root / "conf"), base_env="base", default_run_env="base")
+    catalog, values = config["catalog"], config["parameters"]
+    stages, plots = {}, []
+    for name, pipeline in pipelines.items():
+        if name == "__default__":
+            continue
+        entries = {entry: catalog[entry] for entry in sorted(pipeline.datasets()) if entry in catalog}
+        made = {entry: entries[entry] for entry in sorted(pipeline.all_outputs()) if entry in entries}
+        read = sorted(entries[entry]["filepath"] for entry in entries.keys() - made.keys())
+        outs = [_out(entry) for entry in made.values() if not _options(entry).get("metric")]
+        metrics = [_out(entry) for entry in made.values() if _options(entry).get("metric")]
+        plots += [
+            {**_options(entry)["plot"], "file": entry["filepath"]}
+            for entry in made.values()
+            if "plot" in _options(entry)
+        ]
+        stages[name] = {
+            "cmd": f"kedro run --pipelines {name}",
+            "deps": [*read, "constraints.txt", *_code(root, pipeline, entries.values())],
+            "params": [{f"conf/base/parameters_{name}.yml": list(_parameter_keys(name, values))}],
+            "outs": outs,
+            **({"metrics": metrics} if metrics else {}),
+        }
+    document = {"stages": stages, "plots": [_plot(**plot) for plot in plots]}
+    return HEADER + yaml.safe_dump(document, sort_keys=False, width=120)
+
+
+def record(root: Path, stages: Iterable[str]) -> str | None:
+    """Write the stages' present inputs and outputs into `dvc.lock`; returns why that failed, or None."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    if (root / "dvc.yaml").read_text("utf-8") != render(root):
+        return "dvc.yaml is behind the pipelines (make dvc-yaml)"
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    try:
+        with Repo(str(root)) as repo:
+            for stage in stages:
+                repo.commit(f"{root / 'dvc.yaml'}:{stage}", force=True)
+    except (DvcException, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return entry.get("metadata", {}).get("dvc", {})
+
+
+def _out(entry: Mapping[str, Any]) -> Any:
+    flags = {key: value for key, value in _options(entry).items() if key in ("cache", "persist")}
+    return {entry["filepath"]: flags} if flags else entry["filepath"]
+
+
+def _plot(file: str, title: str, x: str, y: list[str]) -> dict[str, Any]:
+    return {title: {"x": x, "y": {file: y}, "title": title}}
+
+
+def _code(root: Path, pipeline: Any, entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    from blip_pipelines.jobs.closure import closure
+
+    modules = {node.func.__module__ for node in pipeline.nodes}
+    for entry in entries:
+        modules.add(entry["type"].rpartition(".")[0])
+        if "validator" in entry:
+            modules.add(entry["validator"]["class"].rpartition(".")[0])
+    package = Path(importlib.import_module(__package__.partition(".")[0]).__file__ or "").parent
+    files = (path.relative_to(package).as_posix() for path in closure(sorted(modules)))
+    return [f"src/{package.name}/{name}" for name in files if name not in WATCHERS]
+
+
+def _parameter_keys(stage: str, values: Mapping[str, Any]) -> Iterator[str]:
+    from blip_pipelines.pipelines.parameters import read_stage
+
+    yield from _arithmetic_keys(read_stage(stage, values).config, values[stage], stage)
+
+
+def _arithmetic_keys(config: Any, block: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Dotted keys of the block that change results; a sub-block as one key where all of it does."""
+    for field in fields(config):
+        if field.name not in block or field.metadata.get("speed_only"):
+            continue
+        value, key = getattr(config, field.name), f"{name}.{field.name}"
+        if _has_speed_only(value):
+            yield from _arithmetic_keys(value, block[field.name], key)
+        else:
+            yield key
+
+
+def _has_speed_only(config: Any) -> bool:
+    return is_dataclass(config) and any(
+        field.metadata.get("speed_only") or _has_speed_only(getattr(config, field.name)) for field in fields(config)
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m blip_pipelines.tracking.dvc", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether dvc.yaml is up to date")
+    check = parser.parse_args(arguments).check
+    root = Path.cwd()
+    path, text = root / "dvc.yaml", render(root)
+    if path.exists() and path.read_text("utf-8") == text:
+        return 0
+    if check:
+        sys.stderr.write("dvc.yaml is behind the pipelines; write it anew: make dvc-yaml\n")
+        return 1
+    path.write_text(text, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from kedro.framework.hooks.manager import _create_hook_manager, _register_hooks
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.pipeline import Node, Pipeline
+from kedro.runner import SequentialRunner
+
+from blip_pipelines import hooks
+from blip_pipelines.config import ConfigError
+from blip_pipelines.pipelines.datasets import Json
+from blip_pipelines.tracking import runs
+from blip_pipelines.tracking.runs import Store
+
+ROOT = Path(__file__).parents[2]
+
+
+def two_stages(fail: bool = False) -> Pipeline:
+    """A stage that logs a curve, and one that reads what it left and may fail."""
+
+    def train(parameters):
+        runs.log_history([{"step": step, "loss": 1 / step} for step in range(1, 6)])
+        runs.log_history([{"step": step, "loss": 1 / step} for step in range(4, 9)])  # as after a restart
+        return {"r5": 0.5}
+
+    def measure(metrics):
+        if fail:
+            raise RuntimeError("no such subset")
+        return 1
+
+    return Pipeline(
+        [
+            Node(train, "params:med_pretraining", "metrics", name="train", tags="med_pretraining"),
+            Node(measure, "metrics", "done", name="measure", tags="evaluation"),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def mlruns(tmp_path_factory):
+    return tmp_path_factory.mktemp("mlruns")
+
+
+@pytest.fixture
+def run(tmp_path, mlruns, monkeypatch, request):
+    """Runs a pipeline under the tracking hook, as a Kedro session does; gives the runs by name."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracking = {"folder": str(mlruns), "experiment": request.node.name, "system_metrics_seconds": 60}
+
+    def run_pipeline(pipeline: Pipeline) -> tuple[Store, dict]:
+        parameters = {"med_pretraining": {"training": {"steps": 8}}}
+        catalog = DataCatalog(
+            {
+                "metrics": Json(str(tmp_path / "metrics.json"), metadata={"mlflow": "metrics"}),
+                "done": MemoryDataset(),
+                "parameters": MemoryDataset(parameters),
+                "params:med_pretraining": MemoryDataset(parameters["med_pretraining"]),
+            }
+        )
+        manager = _create_hook_manager()
+        _register_hooks(manager, (hooks.TrackRuns(),))
+        call = manager.hook
+        call.after_context_created(context=SimpleNamespace(project_path=tmp_path, config_loader={"tracking": tracking}))
+        described = {"run_id": "now", "env": None, "pipeline_names": None, "runtime_params": {"a": {"b": 1}}}
+        about = {"run_params": described, "pipeline": pipeline, "catalog": catalog}
+        call.before_pipeline_run(**about)
+        try:
+            result = SequentialRunner().run(pipeline, catalog, manager)
+            call.after_pipeline_run(run_result=result, **about)
+        except RuntimeError as error:
+            call.on_pipeline_error(error=error, **about)
+        store = Store(mlruns, request.node.name)
+        return store, {run.info.run_name: run for run in store.client.search_runs([store.experiment])}
+
+    return run_pipeline
+
+
+def test_one_run_with_a_child_for_each_stage(run):
+    store, found = run(two_stages())
+    parent, train, measure = found["all stages"], found["med_pretraining"], found["evaluation"]
+    assert {child.data.tags["mlflow.parentRunId"] for child in (train, measure)} == {parent.info.run_id}
+    assert {found_run.info.status for found_run in found.values()} == {"FINISHED"}
+    assert train.data.params == {"training.steps": "8"} and parent.data.params == {"a.b": "1"}
+    assert train.data.metrics["r5"] == 0.5
+    (read,) = measure.inputs.dataset_inputs
+    assert read.dataset.name == "metrics"
+    logged = [metric.step for metric in store.client.get_metric_history(train.info.run_id, "loss")]
+    assert sorted(logged) == list(range(1, 9))
+    assert runs.current() is None
+
+
+def test_failed_stage_and_run_end_failed_with_the_error(run):
+    _, found = run(two_stages(fail=True))
+    status = {name: found_run.info.status for name, found_run in found.items()}
+    assert status == {"all stages": "FAILED", "med_pretraining": "FINISHED", "evaluation": "FAILED"}
+    assert found["evaluation"].data.tags["error"] == "RuntimeError: no such subset"
+    assert found["all stages"].data.tags["error"] == "RuntimeError: no such subset"
+
+
+def test_every_node_names_its_stage():
+    from blip_pipelines.pipeline_registry import register_pipelines
+
+    for name, pipeline in register_pipelines().items():
+        if name != "__default__":
+            assert {hooks.stage_of(node) for node in pipeline.nodes} == {name}
+
+
+def test_unknown_block_is_refused_with_the_nearest_name():
+    context = SimpleNamespace(config_loader={"parameters": {"med_pretrainning": {}}})
+    with pytest.raises(ConfigError, match=r"med_pretrainning: unknown block .* did you mean 'med_pretraining'"):
+        hooks.CheckParameters().after_context_created(context)
+
+
+def test_unknown_key_of_a_stage_that_runs_is_refused_before_it_runs():
+    catalog = DataCatalog({"parameters": MemoryDataset({"release": {"alas": "champion"}})})
+    pipeline = Pipeline([Node(lambda: 1, None, "x", name="register", tags="release")])
+    with pytest.raises(ConfigError, match=r"release.alas: unknown parameter; did you mean 'alias'"):
+        hooks.CheckParameters().before_pipeline_run(pipeline=pipeline, catalog=catalog)
+
+
+@pytest.mark.parametrize(("kind", "shown"), [(ConfigError, "\nConfigError: what to do\n"), (KeyError, "Traceback")])
+def test_our_errors_are_shown_without_a_traceback_others_with(kind, shown, capsys):
+    try:
+        raise kind("what to do")
+    except kind as error:
+        hooks.print_error(kind, error, error.__traceback__)
+    assert capsys.readouterr().err.startswith(shown)
+
+
+def test_kedro_starts_without_the_heavy_libraries():
+    code = (
+        "import sys; from kedro.framework.startup import bootstrap_project; from pathlib import Path;"
+        f"bootstrap_project(Path({str(ROOT)!r}));"
+        "from kedro.framework.project import pipelines; assert len(pipelines) > 4;"
+        "from blip_pipelines import settings;"
+        "heavy = {'torch', 'mlflow', 'transformers', 'great_expectations', 'dvc', 'pyarrow', 'pandas'};"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
