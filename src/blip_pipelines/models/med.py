@@ -10,7 +10,7 @@ stock classes repeat is done once here: the image is projected to keys and value
 where only the first token's state is wanted the last layer computes that token alone.
 
 Shapes: B batch, N image tokens, T text tokens, S keys, D width, E projection, H heads, d width of a head,
-V vocabulary, R chosen positions.
+V vocabulary, R rows (the words of a batch, see `packing`).
 """
 
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from blip_pipelines.config import ConfigError, speed_only
 from blip_pipelines.models.attention import attend
 from blip_pipelines.models.initialisation import initialise
+from blip_pipelines.models.packing import Rows
 from blip_pipelines.models.vision import VisionConfig, VisionTransformer
 
 
@@ -76,8 +77,8 @@ class KeysValues:
         return len(self.layers[0][0]) if self.layers else 0
 
     def select(self, index: Tensor) -> "KeysValues":
-        """Rows gathered by `index` (int64 or bool): the images of ITM's pairs, the beams that live on."""
-        return type(self)([(key[index], value[index]) for key, value in self.layers])
+        """Rows gathered by `index` (int64): the images of ITM's pairs, the beams that live on."""
+        return type(self)([(key.index_select(0, index), value.index_select(0, index)) for key, value in self.layers])
 
 
 class Cache(KeysValues):
@@ -128,7 +129,8 @@ class Med(nn.Module):
 
     def text_features(self, token_ids_BT: Tensor, token_mask_BT: Tensor) -> Tensor:
         """(B, E) float32 of unit length, from [CLS]; the mode that sees no image."""
-        first_BD = self.text_encoder(token_ids_BT, token_mask_BT[:, None, None], first_only=True)[:, 0]
+        rows = Rows.of(token_ids_BT, token_mask_BT)
+        first_BD = self.text_encoder(token_ids_BT, rows, token_mask_BT[:, None, None], first_only=True)
         return normalize(self.text_proj(first_BD).float(), dim=-1)
 
     def project_image(self, image_BND: Tensor) -> KeysValues:
@@ -138,13 +140,14 @@ class Med(nn.Module):
     def match_logits(self, token_ids_BT: Tensor, token_mask_BT: Tensor, image: KeysValues) -> Tensor:
         """(B, 2) float32 logits of not matching and matching; puts [ENC] at position 0 itself."""
         token_ids_BT = with_first(token_ids_BT, self.config.text.enc_id)
-        first_BD = self.text_encoder(token_ids_BT, token_mask_BT[:, None, None], image, first_only=True)[:, 0]
+        rows = Rows.of(token_ids_BT, token_mask_BT)
+        first_BD = self.text_encoder(token_ids_BT, rows, token_mask_BT[:, None, None], image, first_only=True)
         return self.itm_head(first_BD).float()
 
     def decode_hidden(
         self, token_ids_BT: Tensor, token_mask_BS: Tensor | None, image: KeysValues, cache: Cache | None = None
     ) -> Tensor:
-        """(B, T, D) decoder states; puts [DEC] at position 0 of the text itself.
+        """(B, T, D) decoder states, of no meaning where there is padding; puts [DEC] at position 0 itself.
 
         Args:
             token_mask_BS: bool, of the cached tokens and these; None if all of them are words.
@@ -157,7 +160,8 @@ class Med(nn.Module):
         visible = torch.ones(tokens, past + tokens, dtype=torch.bool, device=token_ids_BT.device).tril(past)
         if token_mask_BS is not None:
             visible = visible & token_mask_BS[:, None, None]
-        return self.text_decoder.bert(token_ids_BT, visible, image, cache=cache)
+        rows = Rows.of(token_ids_BT, token_mask_BS if cache is None else None)
+        return rows.unpack(self.text_decoder.bert(token_ids_BT, rows, visible, image, cache=cache))
 
     def lm_head(self, hidden_RD: Tensor) -> Tensor:
         """(R, V) logits of any chosen decoder states; give it only the positions that have a target."""
@@ -191,23 +195,24 @@ class TextTransformer(nn.Module):
     def forward(
         self,
         token_ids_BT: Tensor,
+        rows: Rows,
         visible: Tensor,
         image: KeysValues | None = None,
         first_only: bool = False,
         cache: Cache | None = None,
     ) -> Tensor:
-        """(B, T, D) states; (B, 1, D), the first token's, with `first_only`."""
-        hidden_BTD = self.embeddings(token_ids_BT, cache.length if cache else 0)
+        """(R, D) states of the rows; (B, D), the first token's, with `first_only`."""
+        hidden_RD = self.embeddings(token_ids_BT, rows, cache.length if cache else 0)
         layers = self.layers
         for index, layer in enumerate(layers):
             seen = image.layers[index] if image else None
             past = (cache, index) if cache is not None else None
-            inputs = (hidden_BTD, visible, seen, first_only and index == len(layers) - 1, past)
+            inputs = (hidden_RD, rows, visible, seen, first_only and index == len(layers) - 1, past)
             if self.config.checkpoint_activations and torch.is_grad_enabled():
-                hidden_BTD = checkpoint(layer, *inputs, use_reentrant=False)
+                hidden_RD = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                hidden_BTD = layer(*inputs)
-        return hidden_BTD
+                hidden_RD = layer(*inputs)
+        return hidden_RD
 
 
 class TextDecoder(nn.Module):
@@ -232,13 +237,13 @@ class TextEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.width, config.layer_norm_eps)
         self.dropout = config.dropout
 
-    def forward(self, token_ids_BT: Tensor, past: int) -> Tensor:
+    def forward(self, token_ids_BT: Tensor, rows: Rows, past: int) -> Tensor:
         end = past + token_ids_BT.shape[1]
         positions = self.position_embeddings.weight
         if end > len(positions):
             raise ValueError(f"text of {end} tokens: the position table (text.max_positions) holds {len(positions)}")
-        hidden_BTD = self.LayerNorm(self.word_embeddings(token_ids_BT) + positions[past:end])
-        return dropout(hidden_BTD, self.dropout, self.training)
+        hidden_RD = self.LayerNorm(rows.pack(self.word_embeddings(token_ids_BT) + positions[past:end]))
+        return dropout(hidden_RD, self.dropout, self.training)
 
 
 class TextLayer(nn.Module):
@@ -251,22 +256,23 @@ class TextLayer(nn.Module):
 
     def forward(
         self,
-        hidden_BTD: Tensor,
+        hidden_RD: Tensor,
+        rows: Rows,
         visible: Tensor,
         image: tuple[Tensor, Tensor] | None,
         first_only: bool,
         past: tuple[Cache, int] | None,
     ) -> Tensor:
-        key_BHSd, value_BHSd = self.attention.keys_values(hidden_BTD)
+        key_BHSd, value_BHSd = self.attention.keys_values(hidden_RD, rows)
         if past:
             cache, index = past
             key_BHSd, value_BHSd = cache.extend(index, key_BHSd, value_BHSd)
         if first_only:
-            hidden_BTD, visible = hidden_BTD[:, :1], visible[..., :1, :]
-        hidden_BTD = self.attention(hidden_BTD, key_BHSd, value_BHSd, visible)
+            hidden_RD, visible, rows = rows.first(hidden_RD), visible[..., :1, :], Rows(rows.batch, 1)
+        hidden_RD = self.attention(hidden_RD, rows, key_BHSd, value_BHSd, visible)
         if image:
-            hidden_BTD = self.crossattention(hidden_BTD, *image)
-        return self.output(self.intermediate(hidden_BTD), hidden_BTD)
+            hidden_RD = self.crossattention(hidden_RD, rows, *image)
+        return self.output(self.intermediate(hidden_RD), hidden_RD)
 
 
 class Intermediate(nn.Module):
@@ -274,8 +280,8 @@ class Intermediate(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.width, config.ffn_width)
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return gelu(self.dense(hidden_BTD))
+    def forward(self, hidden_RD: Tensor) -> Tensor:
+        return gelu(self.dense(hidden_RD))
 
 
 class TextAttention(nn.Module):
@@ -288,19 +294,20 @@ class TextAttention(nn.Module):
         self.self = Projections(config.width, source_width)
         self.output = Residual(config.width, config)
 
-    def keys_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        return self._split(self.self.key(source_BSD)), self._split(self.self.value(source_BSD))
+    def keys_values(self, source: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+        """Both (B, H, S, d), of (B, S, D) states or of rows."""
+        return self._split(self.self.key(source), rows), self._split(self.self.value(source), rows)
 
     def forward(
-        self, hidden_BTD: Tensor, key_BHSd: Tensor, value_BHSd: Tensor, visible: Tensor | None = None
+        self, hidden_RD: Tensor, rows: Rows, key_BHSd: Tensor, value_BHSd: Tensor, visible: Tensor | None = None
     ) -> Tensor:
-        query_BHTd = self._split(self.self.query(hidden_BTD))
+        query_BHTd = self._split(self.self.query(hidden_RD), rows)
         dropout_rate = self.dropout if self.training else 0.0
         mixed_BHTd = attend(query_BHTd, key_BHSd, value_BHSd, visible, dropout_rate)
-        return self.output(mixed_BHTd.transpose(1, 2).flatten(2), hidden_BTD)
+        return self.output(rows.pack(mixed_BHTd.transpose(1, 2).flatten(2)), hidden_RD)
 
-    def _split(self, states: Tensor) -> Tensor:
-        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def _split(self, states: Tensor, rows: Rows | None) -> Tensor:
+        return (rows.unpack(states) if rows else states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Projections(nn.Module):
