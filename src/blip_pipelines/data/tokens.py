@@ -94,8 +94,8 @@ def prune_vocabulary(
 ) -> tuple[CaptionTokenizer, np.ndarray]:
     """A BERT tokenizer cut down to what some texts need, with [DEC] and [ENC] added at the end.
 
-    Kept are the special tokens, every single character (so that any word of known letters still has pieces) and the
-    pieces that occur in the texts. Greedy longest match then splits those texts exactly as the whole vocabulary does.
+    Kept are the special tokens, the letters of ASCII and of the texts (so that any word of known letters still has
+    pieces) and the pieces that occur in the texts. Greedy longest match then splits those texts exactly as the whole vocabulary does.
 
     Args:
         tokenizer_json: file or content of a WordPiece `tokenizer.json`.
@@ -110,10 +110,12 @@ def prune_vocabulary(
     source: dict[str, int] = content["model"]["vocab"]
     kept = set(source.values())
     if texts is not None:
-        kept = {number for piece, number in source.items() if len(piece.removeprefix("##")) == 1}
+        cleaned = [clean_caption(text) for text in set(texts)]
+        letters = set(map(chr, range(128))).union(*cleaned)
+        kept = {number for piece, number in source.items() if piece.removeprefix("##") in letters}
         kept |= {source[token] for token in _SPECIALS.values()}
         whole = Tokenizer.from_str(json.dumps(content))
-        for encoding in whole.encode_batch_fast([clean_caption(text) for text in set(texts)], add_special_tokens=False):
+        for encoding in whole.encode_batch_fast(cleaned, add_special_tokens=False):
             kept.update(encoding.ids)
     old_ids = sorted(kept)
     new_ids = {old: new for new, old in enumerate(old_ids)}
