@@ -43,3 +43,8 @@ def attend_explicitly(
         scores_BHTS = torch.where(visible, scores_BHTS, torch.finfo(scores_BHTS.dtype).min)
     weights_BHTS = softmax(scores_BHTS, -1, dtype=torch.promote_types(scores_BHTS.dtype, torch.float32))
     return dropout(weights_BHTS.to(value_BHSd.dtype), dropout_rate) @ value_BHSd
+
+
+def at_least_float32(states: Tensor) -> Tensor:
+    """Half precision in float32; float64 stays, so that tests can compute without rounding."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))

@@ -22,7 +22,7 @@ from torch.nn.functional import dropout, gelu, normalize
 from torch.utils.checkpoint import checkpoint
 
 from blip_pipelines.config import ConfigError, speed_only
-from blip_pipelines.models.attention import attend
+from blip_pipelines.models.attention import at_least_float32, attend
 from blip_pipelines.models.initialisation import initialise
 from blip_pipelines.models.packing import Rows
 from blip_pipelines.models.vision import VisionConfig, VisionTransformer
@@ -125,13 +125,13 @@ class Med(nn.Module):
 
     def image_features(self, image_BND: Tensor) -> Tensor:
         """(B, E) float32 of unit length, from the class token."""
-        return normalize(self.vision_proj(image_BND[:, 0]).float(), dim=-1)
+        return normalize(at_least_float32(self.vision_proj(image_BND[:, 0])), dim=-1)
 
     def text_features(self, token_ids_BT: Tensor, token_mask_BT: Tensor) -> Tensor:
         """(B, E) float32 of unit length, from [CLS]; the mode that sees no image."""
         rows = Rows.of(token_ids_BT, token_mask_BT)
         first_BD = self.text_encoder(token_ids_BT, rows, token_mask_BT[:, None, None], first_only=True)
-        return normalize(self.text_proj(first_BD).float(), dim=-1)
+        return normalize(at_least_float32(self.text_proj(first_BD)), dim=-1)
 
     def project_image(self, image_BND: Tensor) -> KeysValues:
         """Cross-attention keys and values of every layer, for the encoder and the decoder alike."""
@@ -142,7 +142,7 @@ class Med(nn.Module):
         token_ids_BT = with_first(token_ids_BT, self.config.text.enc_id)
         rows = Rows.of(token_ids_BT, token_mask_BT)
         first_BD = self.text_encoder(token_ids_BT, rows, token_mask_BT[:, None, None], image, first_only=True)
-        return self.itm_head(first_BD).float()
+        return at_least_float32(self.itm_head(first_BD))
 
     def decode_hidden(
         self, token_ids_BT: Tensor, token_mask_BS: Tensor | None, image: KeysValues, cache: Cache | None = None

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from blip_pipelines.models.attention import at_least_float32
+
 
 class Ranks(Protocol):
     """The processes that share a batch; `training.distributed.World` is one."""
@@ -47,8 +49,8 @@ def similarities(own_BE: Tensor, candidates: list[Tensor], temperature: Tensor) 
         temperature: scalar.
     """
     with torch.autocast(own_BE.device.type, enabled=False):
-        own_BE = _at_least_float32(own_BE)
-        blocks = [own_BE @ _at_least_float32(block_CE).T for block_CE in candidates]
+        own_BE = at_least_float32(own_BE)
+        blocks = [own_BE @ at_least_float32(block_CE).T for block_CE in candidates]
         return torch.cat(blocks, 1) / temperature
 
 
@@ -105,7 +107,3 @@ def contrast(
 def soft_share(step: int, alpha_max: float, ramp_steps: int) -> float:
     """Alpha of a step: linear from 0 at step 0 to `alpha_max` at `ramp_steps` (BLIP: two epochs)."""
     return alpha_max * min(1.0, step / ramp_steps) if ramp_steps else alpha_max
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

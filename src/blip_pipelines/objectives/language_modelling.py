@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from blip_pipelines.models.attention import at_least_float32
+
 
 def target_positions(token_mask_BT: Tensor, prompt_tokens: int) -> Tensor:
     """(B, T - 1) bool: position t is asked for token t + 1, which is neither padding nor prompt.
@@ -41,8 +43,7 @@ def lm_share(
         target_tokens: the divisor, global: the targets of all ranks and all micro-steps of the optimizer step.
     """
     index_R = target_BT.flatten().nonzero()[:, 0]
-    logits_RV = lm_head(hidden_BTD.flatten(0, 1).index_select(0, index_R))
-    logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+    logits_RV = at_least_float32(lm_head(hidden_BTD.flatten(0, 1).index_select(0, index_R)))
     target_R = token_ids_BT[:, 1:].flatten().index_select(0, index_R)
     loss = cross_entropy(logits_RV, target_R, reduction="sum", label_smoothing=label_smoothing)
     return loss / max(target_tokens, 1)

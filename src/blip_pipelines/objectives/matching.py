@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from blip_pipelines.models.attention import at_least_float32
+
 WEIGHT_FLOOR = 1e-4  # as BLIP: no allowed candidate is ever impossible
 NO_NEGATIVE = -1
 _FIXED_POINT = 2.0**40
@@ -93,7 +95,7 @@ def itm_share(logits_P2: Tensor, pairs: MatchingPairs) -> tuple[Tensor, Tensor]:
     Returns:
         scalars, at least float32; the accuracy without gradient.
     """
-    logits_P2 = logits_P2 if logits_P2.dtype == torch.float64 else logits_P2.float()
+    logits_P2 = at_least_float32(logits_P2)
     loss_P = cross_entropy(logits_P2, pairs.matches, reduction="none")
     is_right_P = (logits_P2.detach().argmax(1) == pairs.matches) & pairs.counts
     return (loss_P * pairs.counts).sum() / pairs.total, is_right_P.sum() / pairs.total

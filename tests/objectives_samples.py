@@ -1,0 +1,93 @@
+"""Small batches for the MED objective, and a plain training run over them on any number of ranks."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from model_samples import tiny_med, tiny_texts
+from torch.nn.parallel import DistributedDataParallel
+
+from blip_pipelines.data.loader import Batch
+from blip_pipelines.objectives import matching
+from blip_pipelines.objectives.med import LossWeights, MedObjectiveConfig, MedPretraining
+
+ROWS = 6  # of a global micro-batch
+CONFIG = {
+    "momentum": 0.8,
+    "queue_samples": 10,  # two micro-batches wrap it
+    "alpha_max": 0.3,
+    "alpha_ramp_steps": 2,
+    "negatives_uniform_share": 0.25,
+    "temperature": 0.2,
+}
+
+
+def micro_batches(step: int, accumulation: int, prompt_tokens: int = 0, rows: int = ROWS) -> list[Batch]:
+    """The global micro-batches of a step; images and texts repeat, in a batch and over steps, and lengths differ."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    word_ids, word_mask = tiny_texts((7, 4, 5, 4, 6), seed=2)
+    batches, targets = [], 0
+    for _ in range(accumulation):
+        image_ids, text_ids = (torch.randint(0, most, (rows,), generator=generator) for most in (4, 5))
+        if step == 1:
+            text_ids[:] = 3  # equal captions: no row has a negative
+        mask = word_mask[text_ids]
+        longest = int(mask.sum(1).max())
+        targets += int((mask.sum(1) - 1 - prompt_tokens).clamp(min=0).sum())
+        ids = word_ids[text_ids][:, :longest]
+        batches.append((images[image_ids], ids, mask[:, :longest], image_ids, text_ids, torch.arange(rows)))
+    return [Batch(*batch, targets, prompt_tokens) for batch in batches]
+
+
+def part(batch: Batch, rank: int, ranks: int) -> Batch:
+    """One rank's block of rows."""
+    rows = len(batch.rows) // ranks
+    own = slice(rank * rows, (rank + 1) * rows)
+    tensors = {name: value[own] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **tensors)
+
+
+def make_task(accumulation: int = 1, weights=(1.0, 0.7, 1.3), **config) -> MedPretraining:
+    objective = MedObjectiveConfig(weights=LossWeights(*weights), **{**CONFIG, **config})
+    task = MedPretraining(tiny_med(seed=3), objective, seed=5, accumulation=accumulation)
+    return task.double().train()
+
+
+def train_small(world, steps: int, accumulation: int, prompt_tokens: int, weights, config: dict) -> dict[str, Any]:
+    """Plain gradient descent for a few steps; what happened, losses global, the rest as this rank has it."""
+    task = make_task(accumulation, weights, **config)
+    wrapped = task if world.ranks == 1 else DistributedDataParallel(task, forward_sync_buffers=False)
+    drawn, pairs_before = [], matching.matching_pairs
+
+    def watched(text_of_image, image_of_text, rank, ranks):
+        drawn.append(torch.stack([world.gather(text_of_image), image_of_text]))
+        return pairs_before(text_of_image, image_of_text, rank, ranks)
+
+    matching.matching_pairs = watched
+    try:
+        losses, gradients = [], []
+        for step in range(steps):
+            task.before_step(step)
+            total: dict[str, torch.Tensor] = {}
+            for batch in micro_batches(step, accumulation, prompt_tokens):
+                shares = wrapped(part(batch, world.rank, world.ranks), step, world)
+                (shares["loss"] * world.ranks).backward()
+                task.after_micro_step()
+                for name, share in shares.items():
+                    total[name] = total.get(name, 0) + world.sum(share)
+            trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
+            losses.append(total)
+            gradients.append({name: p.grad.clone() for name, p in trained.items()})
+            with torch.no_grad():
+                for parameter in trained.values():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+        state = {name: value.clone() for name, value in task.state_dict().items()}
+        return {"losses": losses, "gradients": gradients, "state": state, "negatives": drawn}
+    finally:
+        matching.matching_pairs = pairs_before
+
+
+def train_variants(world, variants: dict[str, tuple]) -> dict[str, Any]:
+    return {name: train_small(world, *arguments) for name, arguments in variants.items()}
