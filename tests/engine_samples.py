@@ -19,7 +19,7 @@ from blip_pipelines.config import read, speed_only
 from blip_pipelines.data.storage import write_json
 from blip_pipelines.training import checkpoint
 from blip_pipelines.training.distributed import World
-from blip_pipelines.training.loop import TrainingConfig, train
+from blip_pipelines.training.loop import TrainingConfig, TrainingError, train
 from blip_pipelines.training.optimizer import OptimizerConfig
 
 WIDTH = 8
@@ -117,10 +117,38 @@ def run(config: dict[str, Any], inputs: dict[str, Path], work: Path, world: Worl
 
 
 def _fail(how: str, work: Path) -> None:
-    once = work / f"failed-{how}"
-    if how == "raise once" and once.exists():
+    how, once, _ = how.partition(" once")
+    before = work / f"failed-{how}"
+    if once and before.exists():
         return
-    once.touch()
-    if how == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise ValueError("bad sample: caption 17 is empty")
+    before.touch()
+    if how == "raise":
+        raise ValueError("bad sample: caption 17 is empty")
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}[how])
+
+
+def train_whole_and_cut(world: World, folder: str, precision: str) -> dict[str, Any]:
+    """Train once uninterrupted and once cut in two; on each rank what both leave. For `on_ranks`."""
+    config = TrainingConfig(
+        steps=6, batch_samples_global=12, accumulation=2, precision=precision, checkpoint_every_steps=2, peak_flops=1e9
+    )
+    left = {}
+    for name, cuts in ("whole", [6]), ("cut", [3, 6]):
+        for until in cuts:
+            task = TinyTask(world, 0.3 if world.ranks > 2 else 0.0, config.accumulation, 6)
+            batches = [*zip(range(until), batches_from(0, world, config.accumulation, 6), strict=False)]
+            try:
+                history = train(
+                    *(task, lambda start, batches=batches: [batch for _, batch in batches[start:]]),
+                    *(OptimizerConfig(0.01), config, world, Path(folder) / name, 3),
+                )
+            except TrainingError:  # the batches ended
+                world.barrier()
+        newest = checkpoint.checkpoints(Path(folder) / name / "checkpoints")[0]
+        left[name] = {
+            "weights": {key: value.clone() for key, value in task.state_dict().items()},
+            "files": {file: (newest / file).read_bytes() for file in (checkpoint.TENSORS, checkpoint.HISTORY)},
+            "history": history,
+        }
+        world.barrier()
+    return left

@@ -26,7 +26,7 @@ def closure(modules: str | Iterable[str]) -> list[Path]:
         ModuleNotFoundError: there is no such module.
     """
     waiting = [modules] if isinstance(modules, str) else list(modules)
-    root = package_folder(waiting[0]).parent
+    root = _root(waiting[0])
     for name in waiting:
         if not _file(root, name):
             raise ModuleNotFoundError(f"{name}: no such module under {root}", name=name)
@@ -43,19 +43,10 @@ def closure(modules: str | Iterable[str]) -> list[Path]:
     return sorted(set(found.values()))
 
 
-def package_folder(module: str) -> Path:
-    """The folder of the top-level package of a dotted name, without importing it."""
-    top = module.partition(".")[0]
-    spec = importlib.util.find_spec(top)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"{top}: no such package", name=top)
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def file_hashes(files: Iterable[Path]) -> dict[str, str]:
-    """sha256 by path, relative to what the files have in common: equal wherever the package is installed."""
+    """sha256 by path, relative to the folder above their package: equal wherever the package is installed."""
     files = sorted(files)
-    root = _common_root(files)
+    root = _above_packages(files[0])
     return {file.relative_to(root).as_posix(): sha256_file(file) for file in files}
 
 
@@ -73,12 +64,20 @@ def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _common_root(files: list[Path]) -> Path:
-    """The folder above the top-level package: the highest one that still has an `__init__` below it."""
-    folder = files[0].parent
-    while (folder.parent / "__init__.py").exists():
+def _root(module: str) -> Path:
+    """The folder that holds the top-level package (or module) of a dotted name, found without importing it."""
+    top = module.partition(".")[0]
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{top}: no such package", name=top)
+    return _above_packages(Path(spec.origin))
+
+
+def _above_packages(file: Path) -> Path:
+    folder = file.parent
+    while (folder / "__init__.py").exists():
         folder = folder.parent
-    return folder.parent
+    return folder
 
 
 def _file(root: Path, module: str) -> Path | None:

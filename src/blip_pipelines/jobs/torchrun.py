@@ -205,21 +205,25 @@ def explain(work: Path, status: int) -> JobFailed | JobStopped:
     agent = work / FAILURES / "agent.json"
     exits: dict[str, int] = read_json(agent) if agent.exists() else {}
     errors = [read_json(file) for file in sorted((work / FAILURES).glob("[0-9]*.json"))]
-    where = f"Full log: {work / LOG}"
+    job, where = read_json(work / "job.json")["job"], f"Full log: {work / LOG}"
     # SIGTERM is what the agent itself sends to the survivors.
     killed = {rank: -code for rank, code in exits.items() if code < 0 and -code != signal.SIGTERM}
     if killed:
         rank, number = next(iter(killed.items()))
         name = signal.Signals(number).name
         hint = "; was the machine out of memory?" if number == signal.SIGKILL else ""
-        return JobFailed(f"rank {rank} was killed by {name}{hint}\nRun it again to go on. {where}")
+        return JobFailed(f"{job}: rank {rank} was killed by {name}{hint}\nRun it again to go on. {where}")
     if errors:
         first = min(errors, key=lambda error: (error["echo"], error["time_ns"]))
-        return JobFailed(f"rank {first['rank']} failed\n\n{first['traceback'].rstrip()}\n\n{where}")
-    if status == STOPPED or STOPPED in exits.values():
-        return JobStopped("the workers were told to stop and have saved; run it again and it goes on from there")
+        return JobFailed(f"{job}: rank {first['rank']} failed\n\n{first['traceback'].rstrip()}\n\n{where}")
+    if status == STOPPED or {STOPPED, -signal.SIGTERM} & {*exits.values()}:
+        return JobStopped(
+            f"{job}: the workers were told to stop and have saved; run it again and it goes on from there"
+        )
     tail = "\n".join((work / LOG).read_text("utf-8", "replace").splitlines()[-20:])
-    return JobFailed(f"the workers ended with status {status} and left no traceback; the last lines:\n{tail}\n{where}")
+    return JobFailed(
+        f"{job}: the workers ended with status {status} and left no traceback; the last lines:\n{tail}\n{where}"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -157,6 +157,8 @@ def train(
                     write_json(work / SPEED, meter.numbers())
                 if last or progress.due:
                     progress.show(meter.line(done, config.steps, _shown(history)), last)
+            if last or stop:
+                world.barrier()  # nobody leaves before it is saved
             if last:
                 break
             if stop:
@@ -205,7 +207,7 @@ def wrap(task: nn.Module, config: TrainingConfig, world: World) -> nn.Module:
     module = cast(nn.Module, torch.compile(task)) if config.compile else task
     if world.ranks == 1:
         return module
-    parallel = DistributedDataParallel(_Started(module, task), broadcast_buffers=False, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(_Started(module, task), forward_sync_buffers=False, gradient_as_bucket_view=True)
     # DDP lays its buckets out anew after the first backward. A resumed run would do its first step in the old layout,
     # and with more than two ranks the sums round by layout: so the first backward is an empty one, in every run.
     parallel(None, 0)["loss"].backward()

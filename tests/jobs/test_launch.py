@@ -1,0 +1,204 @@
+"""Launching: when a job runs, when it is found done, when it may not start. In process; torchrun has its own file."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import engine_samples
+import pytest
+
+from blip_pipelines.config import ConfigError
+from blip_pipelines.data.storage import publish, read_json
+from blip_pipelines.jobs.launch import LaunchConfig, LaunchError, launch
+from blip_pipelines.jobs.receipt import Receipt, published
+
+CONFIG: dict[str, Any] = {
+    "training": {"steps": 6, "batch_samples_global": 8, "checkpoint_every_steps": 2, "peak_flops": 1e9}
+}
+
+
+def start(root: Path, config: dict[str, Any] = CONFIG, job: str = "engine_samples", **rest: Any) -> Receipt:
+    inputs = rest.pop("inputs", {})
+    on_history = rest.pop("on_history", None)
+    return launch(job, config, inputs, LaunchConfig(mode="inline", work=str(root / "work"), **rest), on_history)
+
+
+def publish_to(receipt: Receipt, final: Path) -> None:
+    publish(receipt.folder, final)
+    published(receipt, final)
+
+
+def failing(step: int) -> dict[str, Any]:
+    return {**CONFIG, "fail": {"step": step, "rank": 0, "how": "raise"}}
+
+
+def test_receipt_names_inputs_outputs_and_facts_and_nothing_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "table.txt").write_text("a caption")
+    receipt = start(tmp_path, inputs={"pairs": tmp_path / "table.txt"})
+    assert (receipt.reused, receipt.facts) == (False, {"steps": 6, "inputs": ["pairs"]})
+    assert receipt.seconds > 0
+    assert receipt.speed["samples_per_second"] > 0
+    kept = read_json(receipt.folder / "receipt.json")
+    assert kept.keys() == {"job", "fingerprint", "inputs", "outputs", "facts"}
+    assert kept["inputs"].keys() == {"pairs"}
+    assert {"history.json", "checkpoint/tensors.safetensors"} <= kept["outputs"].keys()
+
+
+def test_same_job_again_is_the_same_bytes(tmp_path: Path) -> None:
+    folders = [start(tmp_path / name).folder for name in ("a", "b")]
+    contents = [
+        {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in folders
+    ]
+    assert contents[0] == contents[1]
+
+
+def test_published_job_is_found_done_with_its_whole_history(tmp_path: Path) -> None:
+    first = start(tmp_path)
+    publish_to(first, tmp_path / "final")
+    assert [path.name for path in (tmp_path / "work").iterdir() if path.is_dir()] == ["index"]
+    rows: list[Any] = []
+    again = start(tmp_path, on_history=rows.extend)
+    assert again.reused
+    assert (again.folder.resolve(), again.facts) == ((tmp_path / "final").resolve(), first.facts)
+    assert (again.seconds, again.speed) == (first.seconds, first.speed)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_fields_that_only_change_speed_do_not_make_another_job(tmp_path: Path) -> None:
+    publish_to(start(tmp_path), tmp_path / "final")
+    slower = {**CONFIG, "training": {**CONFIG["training"], "log_every_steps": 1}, "step_seconds": 0.001}
+    assert start(tmp_path, slower).reused
+    assert not start(tmp_path, {**CONFIG, "seed": 1}).reused
+
+
+@pytest.mark.parametrize("harm", ["missing", "altered", "of another job"])
+def test_outputs_that_are_not_what_was_published_are_made_again(tmp_path: Path, harm: str) -> None:
+    final = tmp_path / "final"
+    publish_to(start(tmp_path), final)
+    if harm == "missing":
+        shutil.rmtree(final)
+    elif harm == "altered":
+        (final / "history.json").write_text("[]")
+    else:
+        publish_to(start(tmp_path, {**CONFIG, "seed": 1}), final)
+    assert not start(tmp_path).reused
+
+
+def test_force_runs_a_finished_job_again(tmp_path: Path) -> None:
+    publish_to(start(tmp_path), tmp_path / "final")
+    assert not start(tmp_path, force=True).reused
+
+
+def test_failed_job_goes_on_where_it_was_and_each_row_is_handed_on_once_per_launch(tmp_path: Path) -> None:
+    """`fail` does not enter the fingerprint, so the second launch is the same job without the fault."""
+    rows: list[Any] = []
+    with pytest.raises(ValueError, match="caption 17"):
+        start(tmp_path, failing(5), on_history=rows.extend)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]  # what the checkpoint covers
+    resumed = start(tmp_path)
+    whole = start(tmp_path / "whole")
+    for name in ("checkpoint/tensors.safetensors", "history.json", "receipt.json"):
+        assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    assert resumed.seconds > 0
+
+
+def test_job_that_finished_but_was_not_moved_into_place_is_not_run_again(tmp_path: Path) -> None:
+    first = start(tmp_path)
+    written = (first.folder / "history.json").stat().st_mtime_ns
+    again = start(tmp_path)
+    assert (again.folder, again.folder.joinpath("history.json").stat().st_mtime_ns) == (first.folder, written)
+
+
+@pytest.fixture
+def own_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with a job whose code can be changed."""
+    package = tmp_path / "jobbox"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "rates.py").write_text("")
+    (package / "job.py").write_text(
+        "from engine_samples import Config, run\ndef unused():\n    from jobbox import rates\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield package
+    for name in [name for name in sys.modules if name.startswith("jobbox")]:
+        del sys.modules[name]
+
+
+def test_resume_over_changed_code_refuses_names_the_files_and_goes_on_when_told(tmp_path: Path, own_job: Path) -> None:
+    with pytest.raises(ValueError, match="caption 17"):
+        start(tmp_path, failing(3), "jobbox.job")
+    (own_job / "rates.py").write_text("FASTER = True\n")
+    with pytest.raises(LaunchError, match=r"jobbox/rates\.py \(changed\)") as refusal:
+        start(tmp_path, CONFIG, "jobbox.job")
+    assert "accept_code" in str(refusal.value)
+    assert start(tmp_path, CONFIG, "jobbox.job", resume="accept_code").facts["steps"] == 6
+
+
+def test_changed_code_before_the_first_checkpoint_is_no_obstacle(tmp_path: Path, own_job: Path) -> None:
+    with pytest.raises(ValueError, match="caption 17"):
+        start(tmp_path, failing(0), "jobbox.job")
+    (own_job / "rates.py").write_text("FIXED = True\n")
+    assert start(tmp_path, CONFIG, "jobbox.job").facts["steps"] == 6
+
+
+def test_published_outputs_of_other_code_are_made_again(tmp_path: Path, own_job: Path) -> None:
+    publish_to(start(tmp_path, CONFIG, "jobbox.job"), tmp_path / "final")
+    assert start(tmp_path, CONFIG, "jobbox.job").reused
+    (own_job / "rates.py").write_text("FASTER = True\n")
+    assert not start(tmp_path, CONFIG, "jobbox.job").reused
+
+
+def test_second_run_of_the_same_work_refuses_and_names_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blip_pipelines.jobs.launch.LOCK_SECONDS", 0.2)
+
+    start(tmp_path)
+    (lock,) = (tmp_path / "work").glob("*.lock")
+    code = f"import fcntl, time; f = open({str(lock)!r}); fcntl.flock(f, 2); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(LaunchError, match=r"process \d+ is at this work"):
+                start(tmp_path)
+        finally:
+            holder.kill()
+    start(tmp_path)
+
+
+def test_wrong_parameter_is_an_error_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engine_samples\.sed: unknown parameter; did you mean 'seed'"):
+        start(tmp_path, {**CONFIG, "sed": 1})
+    assert not (tmp_path / "work").exists()
+
+
+def test_fingerprint_is_the_job_its_arithmetic_and_its_inputs(tmp_path: Path) -> None:
+    data = tmp_path / "data.txt"
+    data.write_text("one")
+    names = [start(tmp_path, inputs={"pairs": data}).fingerprint]
+    data.write_text("two")
+    names.append(start(tmp_path, inputs={"pairs": data}).fingerprint)
+    names.append(start(tmp_path).fingerprint)
+    names.append(start(tmp_path, {**CONFIG, "dropout": 0.2}).fingerprint)
+    assert len({*names}) == 4
+    assert json.dumps(names)  # plain strings
+
+
+def test_threads_of_this_process_are_left_as_they_were(tmp_path: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    start(tmp_path, threads_per_rank=before + 1)
+    assert torch.get_num_threads() == before
+    newest = tmp_path.glob("work/*/checkpoints/00000006/state.json")
+    assert read_json(next(newest))["threads"] == before + 1
+
+
+def test_job_module_is_the_one_in_this_folder() -> None:
+    assert Path(engine_samples.__file__).parent == Path(__file__).parents[1]
