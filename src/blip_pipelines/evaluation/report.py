@@ -78,8 +78,8 @@ def write_report(
 
     Args:
         out: the HTML file; written atomically.
-        stages: run record by stage: `seconds`, and where known `samples_per_second`, `wait_share`, `mfu`,
-            `peak_memory_bytes`, `reused`, `facts` (also searched for these).
+        stages: run record by stage: `seconds`, and where known `samples_per_second`, `data_wait_share`, `mfu`,
+            `peak_memory_bytes`, `reused`; also looked for in its `speed` and `facts`.
         metrics: flat numbers `stage/metric/subset`.
         pairs, images, quarantine: the data set; `quarantine` a parquet file.
         history: rows {"step": int, name: value} by stage.
@@ -283,7 +283,7 @@ def times(evidence: Evidence) -> Html:
     columns: dict[str, Callable[[dict], str]] = {
         "time": seconds_of,
         "samples/s": lambda record: quantity(fact(record, "samples_per_second"), "{:,.1f}"),
-        "data wait": lambda record: quantity(fact(record, "wait_share"), "{:.1%}"),
+        "data wait": lambda record: quantity(fact(record, "data_wait_share"), "{:.1%}"),
         "share of peak FLOP/s": lambda record: quantity(fact(record, "mfu"), "{:.1%}"),
         "peak memory": lambda record: quantity(fact(record, "peak_memory_bytes"), "{:.2f} GB", 1e-9),
         "note": lambda record: "reused, not run again" if fact(record, "reused") else "",
