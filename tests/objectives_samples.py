@@ -10,7 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 from blip_pipelines.data.loader import Batch
 from blip_pipelines.objectives import matching
 from blip_pipelines.objectives.med import LossWeights, MedObjectiveConfig, MedPretraining
+from blip_pipelines.training.distributed import World
 
+ALONE = World()
 ROWS = 6  # of a global micro-batch
 CONFIG = {
     "momentum": 0.8,
@@ -48,15 +50,15 @@ def part(batch: Batch, rank: int, ranks: int) -> Batch:
     return replace(batch, **tensors)
 
 
-def make_task(accumulation: int = 1, weights=(1.0, 0.7, 1.3), **config) -> MedPretraining:
+def make_task(world=ALONE, accumulation: int = 1, weights=(1.0, 0.7, 1.3), **config) -> MedPretraining:
     objective = MedObjectiveConfig(weights=LossWeights(*weights), **{**CONFIG, **config})
-    task = MedPretraining(tiny_med(seed=3), objective, seed=5, accumulation=accumulation)
+    task = MedPretraining(tiny_med(seed=3), objective, world, seed=5, accumulation=accumulation)
     return task.double().train()
 
 
 def train_small(world, steps: int, accumulation: int, prompt_tokens: int, weights, config: dict) -> dict[str, Any]:
     """Plain gradient descent for a few steps; what happened, losses global, the rest as this rank has it."""
-    task = make_task(accumulation, weights, **config)
+    task = make_task(world, accumulation, weights, **config)
     wrapped = task if world.ranks == 1 else DistributedDataParallel(task, forward_sync_buffers=False)
     drawn, pairs_before = [], matching.matching_pairs
 
@@ -71,7 +73,7 @@ def train_small(world, steps: int, accumulation: int, prompt_tokens: int, weight
             task.before_step(step)
             total: dict[str, torch.Tensor] = {}
             for batch in micro_batches(step, accumulation, prompt_tokens):
-                shares = wrapped(part(batch, world.rank, world.ranks), step, world)
+                shares = wrapped(part(batch, world.rank, world.ranks), step)
                 (shares["loss"] * world.ranks).backward()
                 task.after_micro_step()
                 for name, share in shares.items():

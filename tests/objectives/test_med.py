@@ -4,12 +4,11 @@ import math
 import pytest
 import torch
 from distributed_samples import on_ranks
-from objectives_samples import CONFIG, make_task, micro_batches, part, train_small, train_variants
+from objectives_samples import ALONE, CONFIG, make_task, micro_batches, train_small, train_variants
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.objectives import draws
 from blip_pipelines.objectives.med import LossWeights, MedObjectiveConfig, losses_that_train
-from blip_pipelines.training.distributed import World
 
 ALL = (1.0, 0.7, 1.3)
 VARIANTS = {  # steps, accumulation, prompt tokens, weights, config
@@ -32,7 +31,7 @@ def close(found, expected, what):
 
 def test_two_ranks_train_as_one():
     by_rank = on_ranks(2, train_variants, VARIANTS)
-    alone = train_variants(World(), VARIANTS)
+    alone = train_variants(ALONE, VARIANTS)
     for name, expected in alone.items():
         assert len({step["loss"].item() for step in expected["losses"]}) == len(expected["losses"])
         for rank, found in enumerate(run[name] for run in by_rank):
@@ -112,8 +111,8 @@ def plain_step(model, momentum, tau, queue, batches, step, config, prompt_tokens
 @pytest.mark.parametrize("accumulation, prompt_tokens", [(1, 0), (2, 1)])
 def test_the_objective_equals_a_slow_plain_float64_version_over_several_steps(accumulation, prompt_tokens):
     steps = 3
-    found = train_small(World(), steps, accumulation, prompt_tokens, ALL, {})
-    task = make_task(accumulation, ALL)
+    found = train_small(ALONE, steps, accumulation, prompt_tokens, ALL, {})
+    task = make_task(accumulation=accumulation, weights=ALL)
     model, tau = task.model, task.temperature
     momentum, queue = copy.deepcopy(model), []
     for step in range(steps):
@@ -138,7 +137,7 @@ def test_a_batch_of_one_trains_what_it_can():
     task = make_task()
     task.before_step(0)
     (batch,) = micro_batches(0, 1, rows=1)
-    shares = task(batch, 0, World())
+    shares = task(batch, 0)
     shares["loss"].backward()
     assert shares["itc"] == 0 and shares["recall_i2t"] == 1  # nothing to tell apart
     assert shares["itm"] > 0 and shares["lm"] > 0  # the positive pair and the caption remain
@@ -148,7 +147,7 @@ def test_a_batch_of_one_trains_what_it_can():
 def test_equal_captions_leave_itm_the_matching_pairs_only():
     task = make_task()
     (batch,) = micro_batches(1, 1)  # step 1 of the samples: one caption everywhere
-    shares = task(batch, 1, World())
+    shares = task(batch, 1)
     image = task.model.project_image(task.model.encode_image(batch.pixels))
     logits = task.model.match_logits(batch.token_ids, batch.token_mask, image)
     close(shares["itm"], -logits.log_softmax(1)[:, 1].mean().detach(), "itm")
@@ -158,7 +157,7 @@ def test_equal_captions_leave_itm_the_matching_pairs_only():
 def test_exactly_what_a_loss_reaches_asks_for_a_gradient(weights):
     task = make_task(weights=tuple(map(float, weights)))
     batch = micro_batches(0, 1)[0]
-    shares = task(batch, 0, World())
+    shares = task(batch, 0)
     shares["loss"].backward()
     assert {"itc", "itm", "lm"} & set(shares) == {
         name for name, w in zip(("itc", "itm", "lm"), weights, strict=True) if w
@@ -176,7 +175,7 @@ def test_what_was_frozen_stays_frozen():
 
     model = tiny_med()
     model.vision_model.requires_grad_(False)
-    MedPretraining(model, MedObjectiveConfig())
+    MedPretraining(model, MedObjectiveConfig(), ALONE)
     assert not any(parameter.requires_grad for parameter in model.vision_model.parameters())
     assert losses_that_train("vision_model.post_layernorm.weight") == ("itc", "itm", "lm")
 
@@ -185,7 +184,7 @@ def test_evaluation_leaves_queue_and_momentum_alone():
     task = make_task().eval()
     before = {name: value.clone() for name, value in task.state_dict().items()}
     with torch.no_grad():
-        task(micro_batches(0, 1)[0], 0, World())
+        task(micro_batches(0, 1)[0], 0)
     task.after_micro_step()
     assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
 
@@ -199,19 +198,13 @@ def test_temperature_is_clamped_before_a_step():
 
 
 def test_micro_steps_draw_their_own_negatives():
-    run = train_small(World(), 1, 2, 0, ALL, {})
+    run = train_small(ALONE, 1, 2, 0, ALL, {})
     assert len(run["negatives"]) == 2
     task = make_task(accumulation=2)
     batch = micro_batches(0, 1)[0]
-    first = task(batch, 0, World())["itm"]
+    first = task(batch, 0)["itm"]
     task.after_micro_step()
-    assert task(batch, 0, World())["itm"] != first
-
-
-def test_parts_of_a_batch_are_the_batch():
-    batch = micro_batches(0, 1)[0]
-    halves = [part(batch, rank, 2) for rank in range(2)]
-    assert torch.equal(torch.cat([half.token_ids for half in halves]), batch.token_ids)
+    assert task(batch, 0)["itm"] != first
 
 
 @pytest.mark.parametrize(

@@ -82,13 +82,15 @@ class MedPretraining(nn.Module):
 
     Args:
         model: its parameters that no loss of `config` reaches lose `requires_grad`.
+        ranks: who shares a micro-batch; rank r holds the r-th block of its rows, all blocks of one shape.
         seed: of the draws of negatives.
         accumulation: micro-steps per optimizer step; a divisor of the shares.
     """
 
-    def __init__(self, model: Med, config: MedObjectiveConfig, *, seed: int = 0, accumulation: int = 1):
+    def __init__(self, model: Med, config: MedObjectiveConfig, ranks: Ranks, seed: int = 0, accumulation: int = 1):
         super().__init__()
-        self.model, self.config, self.seed, self.accumulation = model, config, seed, accumulation
+        self.model, self.config, self.ranks = model, config, ranks
+        self.seed, self.accumulation = seed, accumulation
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
         self.momentum_encoder: MomentumEncoder | None = None
         self.queue: Queue | None = None
@@ -118,12 +120,8 @@ class MedPretraining(nn.Module):
             self.queue.enqueue(self._seen)
         self._seen = None
 
-    def forward(self, batch: Batch, step: int, ranks: Ranks) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Losses of this rank's part of a micro-batch, scalars, each a share of the global value.
-
-        Args:
-            step: optimizer step.
-            ranks: who shares the micro-batch; rank r holds the r-th block of its rows, all blocks of one shape.
 
         Returns:
             "loss", the weighted sum, with gradient. Without gradient "itc", "itm", "lm", and to watch: "temperature",
@@ -133,19 +131,17 @@ class MedPretraining(nn.Module):
         shares: dict[str, Tensor] = {}
         image_BND = self.model.encode_image(batch.pixels)
         if weights.itc or weights.itm:
-            found = self._contrast(batch, step, ranks, image_BND, shares)
+            found = self._contrast(batch, step, image_BND, shares)
         if weights.itm or weights.lm:
             image = self.model.project_image(image_BND)
         if weights.itm:
-            self._match(batch, step, ranks, found, image, shares)
+            self._match(batch, step, found, image, shares)
         if weights.lm:
             self._decode(batch, image, shares)
         loss = torch.stack([weight * shares[name] for name, weight in vars(weights).items() if weight]).sum()
         return {name: share.detach() for name, share in shares.items()} | {"loss": loss}
 
-    def _contrast(
-        self, batch: Batch, step: int, ranks: Ranks, image_BND: Tensor, shares: dict[str, Tensor]
-    ) -> Similarities:
+    def _contrast(self, batch: Batch, step: int, image_BND: Tensor, shares: dict[str, Tensor]) -> Similarities:
         config = self.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.weights.itc > 0):
             own_image_BE = self.model.image_features(image_BND)
@@ -155,8 +151,8 @@ class MedPretraining(nn.Module):
                 image_BE, text_BE = self.momentum_encoder(batch.pixels, batch.token_ids, batch.token_mask)
                 alpha = contrastive.soft_share(step, config.alpha_max, config.alpha_ramp_steps)
             seen = Candidates(
-                *ranks.gather(torch.cat([image_BE, text_BE], 1)).chunk(2, 1),
-                *ranks.gather(torch.stack([batch.image_ids, batch.text_ids], 1)).unbind(1),
+                *self.ranks.gather(torch.cat([image_BE, text_BE], 1)).chunk(2, 1),
+                *self.ranks.gather(torch.stack([batch.image_ids, batch.text_ids], 1)).unbind(1),
             )
             blocks = [seen] if self.queue is None else [seen, self.queue.candidates]
             images, texts, image_ids, text_ids = (list(part) for part in zip(*blocks, strict=True))
@@ -173,19 +169,13 @@ class MedPretraining(nn.Module):
         divisor = rows * self.accumulation
         if config.weights.itc:
             shares["itc"] = (i2t_B + t2i_B).sum() / (2 * divisor)
-            shares["temperature"] = self.temperature / (ranks.ranks * self.accumulation)
+            shares["temperature"] = self.temperature / (self.ranks.ranks * self.accumulation)
         for name, similarity_BG in ("recall_i2t", found.image_to_text), ("recall_t2i", found.text_to_image):
             shares[name] = found.positive.gather(1, similarity_BG.argmax(1, keepdim=True)).sum() / divisor
         return found
 
     def _match(
-        self,
-        batch: Batch,
-        step: int,
-        ranks: Ranks,
-        found: Similarities,
-        image: KeysValues,
-        shares: dict[str, Tensor],
+        self, batch: Batch, step: int, found: Similarities, image: KeysValues, shares: dict[str, Tensor]
     ) -> None:
         def negatives(of: str, similarity_BG: Tensor) -> Tensor:
             draw_B = draws.uniform(self.seed, step, f"negative of {of}, micro-step {self._micro_step}", batch.rows)
@@ -193,10 +183,10 @@ class MedPretraining(nn.Module):
             return matching.hard_negatives(similarity_BG, found.positive, draw_B, share)
 
         text_of_image_B = negatives("image", found.image_to_text)
-        image_of_text_G = ranks.gather(negatives("text", found.text_to_image))
-        pairs = matching.matching_pairs(text_of_image_B, image_of_text_G, ranks.rank, ranks.ranks)
-        token_ids_PT = ranks.gather(batch.token_ids)[pairs.text]
-        token_mask_PT = ranks.gather(batch.token_mask)[pairs.text]
+        image_of_text_G = self.ranks.gather(negatives("text", found.text_to_image))
+        pairs = matching.matching_pairs(text_of_image_B, image_of_text_G, self.ranks.rank, self.ranks.ranks)
+        token_ids_PT = self.ranks.gather(batch.token_ids)[pairs.text]
+        token_mask_PT = self.ranks.gather(batch.token_mask)[pairs.text]
         logits_P2 = self.model.match_logits(token_ids_PT, token_mask_PT, image.select(pairs.image))
         loss, accuracy = matching.itm_share(logits_P2, pairs)
         shares["itm"], shares["itm_accuracy"] = loss / self.accumulation, accuracy / self.accumulation
