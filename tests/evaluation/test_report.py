@@ -91,7 +91,7 @@ def evidence(tmp_path: Path) -> dict:
     history[3]["itc"] = float("nan")
     return {
         "stages": {
-            "med_pretraining": {"seconds": 90.0, "speed": {"samples_per_second": 180.0}},
+            "med_pretraining": {"seconds": 90.0, "samples_per_second": 180.0},
             "ingestion": {
                 "seconds": 30.0,
                 "facts": {"contracts": [{"rule": "captions", "success": False, "failed": 2}]},
@@ -107,7 +107,8 @@ def evidence(tmp_path: Path) -> dict:
         "quarantine": tmp_path / "quarantine.parquet",
         "history": {"med_pretraining": history},
         "predictions": {"med_pretraining": tmp_path / "predictions"},
-        "credits": [{"name": "Twemoji", "licence": "CC-BY 4.0"}, HOSTILE],
+        "credits": ["Twemoji (https://creativecommons.org/licenses/by/4.0/), CC-BY 4.0", HOSTILE],
+        "contracts": [{"rule": "captions", "severity": "warn", "passed": False, "checked": 12, "failed": 2}],
         "registered": [{"name": "blip-captioner", "version": 1, "alias": "candidate", "stage": "med_pretraining"}],
     }
 
@@ -192,6 +193,18 @@ def test_a_failed_rule_and_the_serving_command_are_on_the_page(tmp_path, evidenc
     assert "1 of 1 rules did not hold." in page.text
     assert "make serve NAME=blip-captioner ALIAS=candidate" in page.text
     assert "180.0" in page.text
+    assert "https://creativecommons.org/licenses/by/4.0/" in page.links
+
+
+def test_captions_stand_beside_the_baseline(tmp_path, evidence):
+    metrics = {
+        "s/cider/combo": 4.5,
+        "s/baseline_cider/combo": 1.25,
+        "s/cider_gain_low/combo": 3.0,
+        "s/cider_gain_high/combo": 3.5,
+    }
+    page = Page(written(tmp_path, evidence, metrics=metrics))
+    assert "nearest training caption" in page.text and "1.250" in page.text and "+3.00 to +3.50" in page.text
 
 
 def test_summary_is_flat_finite_json_with_seconds():

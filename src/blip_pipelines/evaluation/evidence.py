@@ -73,10 +73,10 @@ class Evidence:
     quarantine: Path
     history: Mapping[str, Sequence[dict]]
     predictions: Mapping[str, Path]
-    credits: Sequence[Any]
+    credits: Sequence[str]
     registered: Sequence[dict]
     noise: Path | None = None
-    contracts: Any = None
+    contracts: Sequence[dict] = ()
     docs: str | None = None  # address of the Data Docs, relative to the page
     pictures: Pictures = field(init=False)
 
@@ -114,7 +114,10 @@ def read_queries(folder: Path) -> list[Query]:
             captions=row["top_captions"],
             scores=row["top_scores"],
             rank=row["rank"],
-            hits=[caption == row["caption"] for caption in row["top_captions"]],
+            hits=[
+                caption == row["caption"] or key == row["key"]
+                for caption, key in zip(row["top_captions"], row["top_keys"], strict=True)
+            ],
         )
         for row in data.to_table().to_pylist()
     ]
@@ -177,6 +180,5 @@ def series(rows: Sequence[dict], name: str) -> list[tuple[float, float]]:
 
 
 def fact(record: Mapping[str, Any], name: str) -> Any:
-    """A value of a run record, or of the speeds and facts that its job's receipt brought."""
-    places = (record, record.get("speed") or {}, record.get("facts") or {})
-    return next((place[name] for place in places if place.get(name) is not None), None)
+    """A value of a run record, or of the facts that its job left."""
+    return record.get(name, (record.get("facts") or {}).get(name))

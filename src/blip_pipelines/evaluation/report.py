@@ -5,7 +5,9 @@ files and records that the stages left: the report computes no metric of its own
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,10 @@ DOES = {
     "evaluation": "retrieval, captions",
     "release": "gate, register",
 }
+CAPTION_MEASURES = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "exact": "exact"}
 CURVES = {"itc": "Image-text contrastive", "itm": "Image-text matching", "lm": "Language modelling"}
 QUARANTINE_ROWS = 8
+ADDRESS = re.compile(r"(https?://[^\s)<>\"]+)")
 
 
 def summary(metrics: Mapping[str, Any], stages: Mapping[str, dict]) -> dict[str, float]:
@@ -68,10 +72,10 @@ def write_report(
     quarantine: Path,
     history: Mapping[str, Sequence[dict]],
     predictions: Mapping[str, Path],
-    credits: Sequence[Any],
+    credits: Sequence[str],
     registered: Sequence[dict],
     noise: Path | None = None,
-    contracts: Any = None,
+    contracts: Sequence[dict] = (),
     docs: Path | None = None,
 ) -> None:
     """Write the self-contained page `out`.
@@ -84,10 +88,10 @@ def write_report(
         pairs, images, quarantine: the data set; `quarantine` a parquet file.
         history: rows {"step": int, name: value} by stage.
         predictions: by stage, the folder with `predictions_retrieval.parquet` and `predictions_captions.parquet`.
-        credits: dicts `name`, `licence`, and where known `author`, `used_for`, `url`; or plain sentences.
+        credits: a sentence for each work that is shown or built on; addresses in it become links.
         registered: dicts `name`, `version`, `alias`, `stage`.
         noise: the evaluator's side file; only with it are corrupted samples marked.
-        contracts: rows of rule results (`rule`, `severity`, `success`, `failed`), or a dict rule -> success.
+        contracts: a row for each rule: `rule`, `severity`, `passed`, `checked`, `failed`.
         docs: the folder of Data Docs, linked relative to the page.
     """
     entrance = next(iter(sorted(docs.rglob("index.html"), key=lambda path: len(path.parts))), None) if docs else None
@@ -102,7 +106,7 @@ def write_report(
         credits=credits,
         registered=registered,
         noise=noise,
-        contracts=contracts if contracts is not None else fact(stages.get("ingestion", {}), "contracts"),
+        contracts=contracts,
         docs=Path(os.path.relpath(entrance, out.parent)).as_posix() if entrance else None,
     )
     head = tag("header", tag("h1", "What this run did"), overview(evidence), pipeline_picture(evidence))
@@ -181,25 +185,19 @@ def contract_results(evidence: Evidence) -> Html:
     rules = evidence.contracts
     if not rules:
         return tag("div", note("No contract results were recorded."), where)
-    if isinstance(rules, Mapping) and isinstance(rules.get("rules"), Sequence):
-        rules = rules["rules"]
-    if isinstance(rules, Mapping):
-        rules = [
-            {"rule": name, **(held if isinstance(held, Mapping) else {"success": held})} for name, held in rules.items()
-        ]
-    failed = [rule for rule in rules if rule.get("success") is False]
-    verdict = f"All {len(rules)} rules held." if not failed else f"{len(failed)} of {len(rules)} rules did not hold."
+    broken = sum(not rule["passed"] for rule in rules)
+    verdict = f"{broken} of {len(rules)} rules did not hold." if broken else f"All {len(rules)} rules held."
     rows = [
         (
-            rule.get("rule", ""),
-            str(rule.get("severity", "")),
-            words_of(rule.get("success")),
-            f"{rule['failed']:,}" if is_number(rule.get("failed")) else "",
+            rule["rule"],
+            rule["severity"],
+            "\u2713 held" if rule["passed"] else "\u2717 broken",
+            *(f"{rule[count]:,}" if is_number(rule.get(count)) else "" for count in ("checked", "failed")),
         )
         for rule in rules
     ]
     return tag(
-        "div", tag("p", verdict), where, table(["rule", "severity", "result", "rows that failed"], rows, texts=3)
+        "div", tag("p", verdict), where, table(["rule", "severity", "result", "checked", "failed"], rows, texts=3)
     )
 
 
@@ -234,14 +232,16 @@ def measures(evidence: Evidence) -> Html:
     parts: list[Html] = []
     metrics = evidence.metrics
     for stage in stages_with(evidence, "i2t_r5"):
-        rows, bars = [], []
+        rows: list[list[object]] = []
+        bars = []
         for subset in subsets(evidence, stage, "i2t_r5"):
             names = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
             values = [metrics.get(f"{stage}/{name}/{subset}") for name in names]
             rows.append([tag("b", subset), *(percent(value) for value in values)])
-            chance = [metrics.get(f"{stage}/chance_{name}/{subset}") for name in names]
-            if any(is_number(value) for value in chance):
-                rows.append([tag("span", "chance", class_="reference"), *(percent(value) for value in chance)])
+            for words, form in (("ITC alone", "{}_itc"), ("chance", "chance_{}")):
+                others = [metrics.get(f"{stage}/{form.format(name)}/{subset}") for name in names]
+                if any(is_number(value) for value in others):
+                    rows.append([tag("span", words, class_="reference"), *(percent(value) for value in others)])
             for way in ("i2t", "t2i"):
                 if is_number(reached := metrics.get(f"{stage}/{way}_r5/{subset}")):
                     bars.append((f"{subset} {way}", reached, metrics.get(f"{stage}/chance_{way}_r5/{subset}")))
@@ -253,12 +253,9 @@ def measures(evidence: Evidence) -> Html:
             tag("div", bar_chart("R@5, with chance as a tick", bars), class_="figures"),
         ]
     for stage in stages_with(evidence, "cider"):
-        names = [name for name in CAPTION_MEASURES if subsets(evidence, stage, name)]
-        rows = [
-            [tag("b", subset), *(plain(metrics.get(f"{stage}/{name}/{subset}")) for name in names)]
-            for subset in subsets(evidence, stage, "cider")
-        ]
-        parts += [tag("h3", f"Captions, {stage}"), table(["subset", *(CAPTION_MEASURES[name] for name in names)], rows)]
+        captioned = [caption_rows(metrics, stage, subset) for subset in subsets(evidence, stage, "cider")]
+        heads = ["subset", *CAPTION_MEASURES.values(), "CIDEr-D over the nearest, 95 %"]
+        parts += [tag("h3", f"Captions, {stage}"), table(heads, chain.from_iterable(captioned))]
     flat = summary(metrics, evidence.stages)
     if flat:
         everything = table(["key", "value"], [(tag("code", key), plain(value)) for key, value in flat.items()])
@@ -266,14 +263,19 @@ def measures(evidence: Evidence) -> Html:
     return tag("div", parts) if parts else note("No metrics yet: the evaluation stage writes them.")
 
 
-CAPTION_MEASURES = {
-    "cider": "CIDEr-D",
-    "bleu4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "baseline_cider": "nearest training caption, CIDEr-D",
-    "cider_gain_low": "gain, 95 % from",
-    "cider_gain_high": "to",
-}
+def caption_rows(metrics: Mapping[str, float], stage: str, subset: str) -> list[list[object]]:
+    """A subset's captions by beam search, by nucleus sampling, and those of the nearest training images."""
+
+    def measured(form: str) -> list[object]:
+        return [plain(metrics.get(f"{stage}/{form.format(name)}/{subset}")) for name in CAPTION_MEASURES]
+
+    low, high = (metrics.get(f"{stage}/cider_gain_{end}/{subset}") for end in ("low", "high"))
+    gain = f"{low:+.2f} to {high:+.2f}" if is_number(low) and is_number(high) else "\u2013"
+    rows: list[list[object]] = [[tag("b", subset), *measured("{}"), gain]]
+    for words, form in (("nucleus sampling", "{}_nucleus"), ("nearest training caption", "baseline_{}")):
+        if is_number(metrics.get(f"{stage}/{form.format('cider')}/{subset}")):
+            rows.append([tag("span", words, class_="reference"), *measured(form), ""])
+    return rows
 
 
 def times(evidence: Evidence) -> Html:
@@ -313,14 +315,10 @@ def models(evidence: Evidence) -> Html:
 
 def credit_list(evidence: Evidence) -> Html:
     """Whose pictures, names and weights these are."""
-    lines = []
-    for credit in evidence.credits:
-        if isinstance(credit, Mapping):
-            name = tag("a", credit["name"], href=credit["url"]) if credit.get("url") else tag("b", credit["name"])
-            rest = [str(credit[key]) for key in ("author", "used_for", "licence", "note") if credit.get(key)]
-            lines.append(tag("li", name, ": " if rest else None, "; ".join(rest)))
-        else:
-            lines.append(tag("li", str(credit)))
+    lines = [
+        tag("li", [tag("a", part, href=part) if part.startswith("http") else part for part in ADDRESS.split(credit)])
+        for credit in evidence.credits
+    ]
     return tag("ul", lines) if lines else note("No third-party material is credited.")
 
 
@@ -346,7 +344,3 @@ def words_of_probe(name: str) -> str:
 
 def seconds_of(record: Mapping[str, Any]) -> str:
     return duration(record["seconds"]) if is_number(record.get("seconds")) else ""
-
-
-def words_of(held: Any) -> str:
-    return "\u2713 held" if held is True else "\u2717 failed" if held is False else "not checked"
