@@ -42,6 +42,18 @@ def test_views_keep_ids_and_count_rows_per_shard(tmp_path):
     assert len(pairs.select(subset="concept")) == 0 and pairs.select(subset="concept").shard_rows == (0, 0)
 
 
+def test_a_shard_is_a_table_of_its_own(tmp_path):
+    pairs = open_data_set(tmp_path, [8, 4], captions_per_image=2)
+    whole, second = pairs.table(), pairs.shard(1)
+    assert whole.schema == PAIR_SCHEMA
+    assert (len(second), second.shard_rows, second.hash) == (8, (8,), pairs.hash)
+    assert second.table().to_pylist() == whole.slice(16).to_pylist()
+    val = second.select(split="val")
+    assert val.table().to_pylist() == pairs.select(split="val").table().slice(4).to_pylist()
+    assert val.image_bytes(0) == picture(11)
+    assert val.unique_images().tolist() == [0]
+
+
 def test_rows_can_be_chosen_by_mask_or_by_number(tmp_path):
     pairs = open_data_set(tmp_path, [4, 4])
     mask = np.arange(8) % 3 == 0

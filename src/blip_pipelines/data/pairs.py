@@ -109,6 +109,17 @@ class Pairs:
                 chosen = chosen[is_wanted[chosen]]
         return Pairs(self._table, chosen)
 
+    def shard(self, number: int) -> "Pairs":
+        """All rows of one shard of the table, as a table of its own whose ids mean something there alone.
+
+        For work that goes shard by shard: its columns cost the memory of one shard.
+        """
+        return Pairs(self._table.shard(number), np.arange(self._table.manifest["shards"][number]["rows"]))
+
+    def table(self) -> pa.Table:
+        """The rows of this view with all their columns, read now."""
+        return pa.concat_tables(pq.read_table(path) for path in self._table.paths).take(pa.array(self._rows))
+
     @cached_property
     def shard_rows(self) -> tuple[int, ...]:
         """How many rows of this view each shard holds, for `Order`."""
@@ -179,6 +190,13 @@ class _Table:
             shards.verify(images, hashes=False)
             self.reader = shards.ShardReader(images)
         self._columns: dict[str, pa.Array] = {}
+
+    def shard(self, number: int) -> "_Table":
+        one = object.__new__(_Table)
+        one.folder, one.images, one.manifest, one.hash = self.folder, self.images, self.manifest, self.hash
+        one.paths, one.reader, one._columns = [self.paths[number]], self.reader, {}
+        one.shard_ends = np.array([self.manifest["shards"][number]["rows"]])
+        return one
 
     def column(self, name: str) -> pa.Array:
         if name not in self._columns:
