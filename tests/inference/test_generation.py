@@ -172,19 +172,22 @@ def test_finished_captions_leave_the_batch(strategy, monkeypatch):
 
 
 def test_nucleus_keeps_the_smallest_set_that_holds_top_p():
-    logits = torch.tensor([0.5, 0.2, 0.02, 0.08, 0.2]).log()
+    probability = torch.tensor([0.5, 0.22, 0.02, 0.08, 0.18])
     draws = torch.arange(10_000, dtype=torch.float64) / 10_000
 
-    def shares(top_p):
-        drawn = draw_from_nucleus(logits.expand(len(draws), -1), top_p, draws)
-        return drawn.bincount(minlength=5) / len(draws)
+    def shares(top_p, probability=probability):
+        drawn = draw_from_nucleus(probability.log().expand(len(draws), -1), top_p, draws)
+        return drawn.bincount(minlength=len(probability)) / len(draws)
 
-    one_draw = 2e-4  # an interval's ends fall between draws
+    one_draw = {"rtol": 0, "atol": 2e-4}  # both ends of an interval fall between draws
     torch.testing.assert_close(shares(0.4), torch.tensor([1.0, 0, 0, 0, 0]))
-    torch.testing.assert_close(shares(0.65), torch.tensor([5, 2, 0, 0, 0]) / 7, rtol=0, atol=one_draw)
-    torch.testing.assert_close(shares(0.89), torch.tensor([5, 2, 0, 0, 2]) / 9, rtol=0, atol=one_draw)
-    torch.testing.assert_close(shares(1.0), torch.tensor([0.5, 0.2, 0.02, 0.08, 0.2]), rtol=0, atol=one_draw)
-    assert draw_from_nucleus(logits[None], 0.65, torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 1
+    torch.testing.assert_close(shares(0.65), torch.tensor([0.5, 0.22, 0, 0, 0]) / 0.72, **one_draw)
+    torch.testing.assert_close(shares(0.89), torch.tensor([0.5, 0.22, 0, 0, 0.18]) / 0.9, **one_draw)
+    torch.testing.assert_close(shares(1.0), probability, **one_draw)
+    equals = torch.tensor([0.25, 0.25, 0.25, 0.25])
+    torch.testing.assert_close(shares(0.3, equals), equals, **one_draw)  # equals are in together, whatever their order
+    largest = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert draw_from_nucleus(probability.log()[None], 0.65, largest).item() == 1
 
 
 def test_settings_that_cannot_work_are_refused_by_name():

@@ -1,0 +1,185 @@
+import base64
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from data_samples import picture
+from inference_samples import export_tiny_med
+from mlflow.exceptions import MlflowException
+
+from blip_pipelines.inference.served import SERVED, Captioner, Retriever
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export_tiny_med(tmp_path_factory.mktemp("med"))
+
+
+@pytest.fixture(scope="module")
+def captioner(folder):
+    return loaded(Captioner(), folder)
+
+
+@pytest.fixture(scope="module")
+def retriever(folder):
+    return loaded(Retriever(), folder)
+
+
+def loaded(model, folder):
+    model.load_context(context=SimpleNamespace(artifacts={"model": str(folder)}))
+    return model
+
+
+def text(content):
+    return base64.b64encode(content).decode()
+
+
+LENGTHS = {"min_tokens": 2, "max_tokens": 8}
+PICTURES = [picture(number) for number in range(5)]
+
+
+@pytest.mark.parametrize("strategy", ["beam", "nucleus", "greedy"])
+def test_a_caption_does_not_depend_on_the_rows_beside_it(captioner, strategy):
+    table = pd.DataFrame({"image": [text(content) for content in PICTURES], "prompt": ["", "a ", None, "a ", "red "]})
+    params = {"strategy": strategy, **LENGTHS}
+    together = captioner.predict(None, table, params)
+    assert len(set(together["caption"])) > 1
+    for row in range(len(table)):
+        alone = captioner.predict(None, table.iloc[[row]], params).iloc[0]
+        assert alone["caption"] == together["caption"][row]
+        assert alone["log_probability"] == pytest.approx(together["log_probability"][row], abs=1e-4)
+
+
+def test_an_image_may_come_as_base64_data_uri_or_bytes(captioner):
+    plain = text(PICTURES[0])
+    lines = "\n".join(plain[i : i + 76] for i in range(0, len(plain), 76))
+    table = pd.DataFrame({"image": [plain, lines, f"data:image/png;base64,{plain}", PICTURES[0]]})
+    assert captioner.predict(None, table, LENGTHS)["caption"].nunique() == 1
+
+
+def test_parameters_reach_the_search(captioner):
+    table = pd.DataFrame({"image": [text(content) for content in PICTURES]})
+    short = captioner.predict(None, table, {"min_tokens": 2, "max_tokens": 4})["caption"]
+    assert short.str.split().str.len().max() <= 3
+    sampled = [
+        captioner.predict(None, table, {"strategy": "nucleus", "seed": seed, **LENGTHS})["caption"].tolist()
+        for seed in (0, 0, 1)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        ("not base64!", "row 1, image: not valid base64"),
+        (text(b"hello, I am no picture"), "row 1, image: not_an_image"),
+        (text(PICTURES[0][:60]), "row 1, image: truncated"),
+        ("", "row 1, image: empty_file"),
+        (3.5, "row 1, image: expected base64 text or bytes, found float"),
+        (None, "row 1, image: expected base64 text or bytes, found NoneType"),
+    ],
+    ids=["not base64", "no picture", "truncated", "empty", "a number", "nothing"],
+)
+def test_a_malformed_image_is_refused_by_row_and_reason(captioner, image, reason):
+    table = pd.DataFrame({"image": pd.Series([text(PICTURES[0]), image], dtype=object)})
+    with pytest.raises(MlflowException, match=reason) as refused:
+        captioner.predict(None, table, LENGTHS)
+    assert refused.value.get_http_status_code() == 400
+
+
+def test_wrong_parameters_are_the_callers_error(captioner):
+    table = pd.DataFrame({"image": [text(PICTURES[0])]})
+    for params, reason in (({"top_p": 2.0}, "top_p"), ({"max_tokens": 3, "min_tokens": 5}, "max_tokens")):
+        with pytest.raises(MlflowException, match=reason) as refused:
+            captioner.predict(None, table, params)
+        assert refused.value.get_http_status_code() == 400
+    with pytest.raises(MlflowException, match="leaves no room"):
+        captioner.predict(None, table.assign(prompt="a red dog with a flag"), {"min_tokens": 2, "max_tokens": 4})
+    with pytest.raises(MlflowException, match="'image' is missing"):
+        captioner.predict(None, pd.DataFrame({"picture": ["x"]}))
+
+
+def test_the_retriever_embeds_and_scores(retriever):
+    texts = ["a red crab", "the house", "a red crab"]
+    table = pd.DataFrame(
+        {
+            "image": [text(PICTURES[0]), None, text(PICTURES[1])],
+            "text": [None, "the house", "a red crab"],
+            "texts": [texts, None, None],
+        }
+    )
+    found = retriever.predict(None, table)
+    image, word, both = (found.iloc[row] for row in range(3))
+    assert np.linalg.norm(image["image_embedding"]) == pytest.approx(1, abs=1e-5)
+    assert image["text_embedding"] is None
+    assert word["image_embedding"] is None
+    assert word["similarities"] is None
+    similarity = np.dot(image["image_embedding"], [both["text_embedding"], word["text_embedding"]][1])
+    assert image["similarities"][1] == pytest.approx(similarity, abs=1e-5)
+    assert image["similarities"][0] == pytest.approx(image["similarities"][2], abs=1e-5)
+    assert len(image["match_probabilities"]) == 3
+    assert all(0 < probability < 1 for probability in image["match_probabilities"])
+    assert image["match_probabilities"][0] != pytest.approx(image["match_probabilities"][1], abs=1e-6)
+
+
+def test_the_retriever_says_what_a_row_lacks(retriever):
+    with pytest.raises(MlflowException, match="row 0, image: missing"):
+        retriever.predict(None, pd.DataFrame({"text": [None]}))
+    with pytest.raises(MlflowException, match="row 1, image: missing"):
+        retriever.predict(None, pd.DataFrame({"text": ["a", None], "texts": [None, ["a"]]}))
+
+
+@pytest.fixture(scope="module")
+def logged(folder, tmp_path_factory):
+    """Both models as MLflow stores them, without a tracking server."""
+    import mlflow
+
+    places = {}
+    for name, how in SERVED.items():
+        places[name] = tmp_path_factory.mktemp("served") / name
+        mlflow.pyfunc.save_model(
+            places[name],
+            python_model=str(how.code),
+            artifacts={"model": str(folder)},
+            signature=how.signature(),
+            input_example=how.example(),
+            pip_requirements=how.requirements(),
+        )
+    return places
+
+
+def test_what_mlflow_stored_answers_its_example_and_checks_its_schema(logged):
+    import mlflow
+
+    for name, place in logged.items():
+        model = mlflow.pyfunc.load_model(str(place))
+        answer = model.predict(SERVED[name].example())
+        assert answer.columns.tolist() == model.metadata.signature.outputs.input_names()
+    captioner = mlflow.pyfunc.load_model(str(logged["blip-captioner"]))
+    table = pd.DataFrame({"image": [text(PICTURES[0])]})
+    assert len(captioner.predict(table, params={"num_beams": 2, "max_tokens": 8})) == 1
+    with pytest.raises(MlflowException, match="image"):
+        captioner.predict(pd.DataFrame({"prompt": ["a"]}))
+
+
+def test_requests_in_json_are_answered_as_the_scoring_server_does(logged):
+    """Through MLflow's own scoring application, in this process."""
+    import mlflow
+    from fastapi.testclient import TestClient
+    from mlflow.pyfunc.scoring_server import init
+
+    requests = {
+        "blip-captioner": {"dataframe_records": [{"image": text(PICTURES[0])}], "params": {"max_tokens": 8}},
+        "blip-retriever": {"dataframe_records": [{"image": text(PICTURES[0]), "texts": ["a dog", "a red house"]}]},
+    }
+    for name, request in requests.items():
+        client = TestClient(init(mlflow.pyfunc.load_model(str(logged[name]))))
+        answer = client.post("/invocations", json=request)
+        assert answer.status_code == 200, answer.text
+        (row,) = answer.json()["predictions"]
+        assert isinstance(row["caption"], str) if name == "blip-captioner" else len(row["match_probabilities"]) == 2
+        refused = client.post("/invocations", json={"dataframe_records": [{"image": "?"}]})
+        assert refused.status_code == 400
+        assert "row 0, image" in json.dumps(refused.json())

@@ -1,0 +1,26 @@
+"""An exported model that answers at once, for tests of what reads exports."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from data_samples import WORDS, tokenizer_json
+from model_samples import tiny_config
+
+from blip_pipelines.data.tokens import prune_vocabulary
+from blip_pipelines.models.exports import export_med
+from blip_pipelines.models.med import Med
+from blip_pipelines.models.stem import Stem
+
+
+def export_tiny_med(folder: Path, stem: Stem | None = None, image_size: int = 8) -> Path:
+    """A random MED whose pictures matter, over the words of `data_samples`; returns the folder."""
+    tokenizer, _ = prune_vocabulary(tokenizer_json(), WORDS)
+    config = tiny_config(stem=stem is not None)
+    ids = {f"{name}_id": getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
+    med = Med(replace(config, text=replace(config.text, vocabulary=len(tokenizer), max_positions=24, **ids)), 0)
+    with torch.no_grad():  # random cross-attention says little
+        for layer in med.text_encoder.layers:
+            layer.crossattention.output.dense.weight.mul_(8)
+    export_med(med, folder, tokenizer, {"size": image_size}, stem=stem)
+    return folder
