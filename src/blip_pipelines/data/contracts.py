@@ -232,11 +232,12 @@ def _set_rules(config: ContractsConfig) -> dict[str, list[tuple[str, Any]]]:
             ("splits", gxe.ExpectColumnValuesToBeBetween(column="train_rows", min_value=1)),
             ("splits", gxe.ExpectColumnValuesToBeBetween(column="val_rows", min_value=1)),
             ("splits", gxe.ExpectColumnValuesToBeBetween(column="test_rows", min_value=1)),
-            ("evaluation_absent_from_training", at_most("evaluation_images_in_training", 0)),
         ],
         "captions_per_image": [("captions_per_image", at_most("captions", config.max_captions_per_image))],
         "images_per_caption": [("images_per_caption", at_most("images", config.max_images_per_caption))],
         "splits_per_image": [("one_split_per_image", at_most("splits", 1))],
+        # No row may be here; a null would be no row.
+        "evaluation_in_training": [("evaluation_absent_from_training", gxe.ExpectColumnValuesToBeNull(column="key"))],
         "near_duplicates": [
             ("near_duplicates", gxe.ExpectColumnValuesToBeNull(column="other_key")),
             ("near_duplicates_across_splits", at_most("splits", 1)),
@@ -251,7 +252,8 @@ def _merge(found: list[tuple[str, Any]], config: ContractsConfig) -> list[RuleRe
         each = [result for name, result in found if name == rule]
         if not each:
             continue
-        first_rows = [row for result in each for row in result.result.get("partial_unexpected_index_list") or ()]
+        listed = (row for result in each for row in result.result.get("partial_unexpected_index_list") or ())
+        first_rows = [row for row in listed if isinstance(row, dict)]
         results.append(
             RuleResult(
                 rule=rule,
@@ -276,5 +278,7 @@ def _explain(result: Any) -> str:
     """What an expectation observed, or what kept it from looking."""
     if "details" in result.result:
         return str(result.result["details"].get("mismatched", result.result["details"]))
+    if bad := result.result.get("partial_unexpected_list"):
+        return f"{result.expectation_config.kwargs['column']} is {', '.join(map(str, bad))}"
     infos = [result.exception_info] if "exception_message" in result.exception_info else result.exception_info.values()
     return "; ".join(str(info["exception_message"]) for info in infos if info.get("raised_exception"))

@@ -6,6 +6,7 @@ workers and interruptions change no byte. Rows are counted in captions: rows in 
 """
 
 import logging
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -279,7 +280,8 @@ def _write_table(table: pa.Table, path: Path) -> None:
 
 
 def _keep_only(folder: Path, names: set[str]) -> None:
-    """Remove shards of an earlier, larger data set: a folder holds what its manifest says."""
+    """Remove shards of a larger data set and what a killed run left half written."""
     for path in folder.iterdir():
-        if path.suffix in (".tar", ".parquet") and path.name not in names:
+        is_half_written = re.match(r"\.(?:\d+\.(?:tar|parquet)|manifest\.json)\.", path.name)
+        if is_half_written or (path.suffix in (".tar", ".parquet") and path.name not in names):
             path.unlink()

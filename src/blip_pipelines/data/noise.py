@@ -7,6 +7,7 @@ language, advertising. Each row's fate depends on its own name and the seed.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from blip_pipelines.config import ConfigError
 from blip_pipelines.data.splits import draw
 
 CLEAN, SWAP, FILE_NAME, LANGUAGE, ADVERTISING = "clean", "swap", "file_name", "language", "advertising"
@@ -42,7 +43,7 @@ class NoiseConfig:
     def __post_init__(self) -> None:
         total = self.swap + self.file_name + self.language + self.advertising
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"noise: the shares of the kinds sum to {total:g}; they must sum to 1")
+            raise ConfigError(f"noise: the shares of swap, file_name, language, advertising sum to {total:g}, not to 1")
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,11 @@ INDEX_SCHEMA = pa.schema(
 ENOUGH_PIXELS = (64, 64)  # an image no smaller than this gives the fingerprint that the whole one would
 WORST_ROWS = 1000
 
-_BANDS = 4  # hashes that differ in at most 2 bits agree in 2 of 4 bands
+_BANDS = 6  # hashes that differ in at most 4 bits agree in 2 of 6 bands
 NEAR_BITS = _BANDS - 2
 _NEAR_COLOUR = 2.0  # mean absolute difference of 8-bit channels
 _NEIGHBOURS = 32  # compared in a bucket: bounds the work where thousands share a hash, at the cost of some pairs there
+_AT_ONCE = 65_536  # pairs whose colours are compared in one go
 
 
 def fingerprint(image: Image.Image) -> dict[str, Any]:
@@ -65,8 +66,8 @@ def summarise(pairs: Path, images: Path) -> dict[str, pa.Table]:
         splits_per_image: key, caption, splits
         near_duplicates: key, caption, other_key, other_caption, splits (how many the two are in), bits, colour; images
             that are declared relatives are no duplicates
-        data_set: one row: rows, missing_rows (against the manifest), train_rows, val_rows, test_rows,
-            evaluation_images_in_training
+        evaluation_in_training: key, caption, splits of images that are in train and in val or test
+        data_set: one row: rows, missing_rows (against the manifest), train_rows, val_rows, test_rows
     """
     manifest = storage.read_json(pairs / MANIFEST)
     columns = ["key", "caption", "split", "related_key"]
@@ -82,20 +83,21 @@ def summarise(pairs: Path, images: Path) -> dict[str, pa.Table]:
         ]
     )
     by_text = rows.group_by("text").aggregate([("key", "count_distinct"), ("key", "min"), ("caption", "min")])
-    in_two = by_image.filter(pc.greater(by_image["split_count_distinct"], 1))["key"]
     training = rows.filter(pc.equal(rows["split"], "train"))["key"]
+    in_two = by_image.filter(pc.greater(by_image["split_count_distinct"], 1))
+    leaked = in_two.filter(pc.is_in(in_two["key"], value_set=training.combine_chunks()))
     counts = {entry["values"]: entry["counts"] for entry in rows["split"].value_counts().to_pylist()}
     return {
         "captions_per_image": _worst(by_image, key="key", caption="caption_min", captions="caption_count"),
         "images_per_caption": _worst(by_text, key="key_min", caption="caption_min", images="key_count_distinct"),
         "splits_per_image": _worst(by_image, key="key", caption="caption_min", splits="split_count_distinct"),
+        "evaluation_in_training": _worst(leaked, key="key", caption="caption_min", splits="split_count_distinct"),
         "near_duplicates": _near_duplicates(by_image, images),
         "data_set": pa.table(
             {
                 "rows": [rows.num_rows],
                 "missing_rows": [manifest["rows"] - rows.num_rows],
                 **{f"{split}_rows": [counts.get(split, 0)] for split in ("train", "val", "test")},
-                "evaluation_images_in_training": [pc.sum(pc.is_in(in_two, value_set=training)).as_py() or 0],
             }
         ),
     }
@@ -151,19 +153,27 @@ def _similar(hashes: np.ndarray, thumbnails: np.ndarray) -> Iterator[tuple[int, 
         return
     brightness = thumbnails.mean(axis=1)
     bits = np.unpackbits(hashes.astype(">u8").view(np.uint8).reshape(-1, 8), axis=1)
-    # Bands take every fourth bit, so that a white margin, a row of zeros, thins all of them instead of filling one.
+    # A band takes every sixth bit, so that a white margin, a row of zeros, thins all of them instead of filling one.
     band_of = np.arange(64) % _BANDS
-    pairs: list[np.ndarray] = []
+    found: list[np.ndarray] = []
     for bands in combinations(range(_BANDS), 2):
-        in_bands = np.packbits(bits[:, np.isin(band_of, bands)], axis=1)
-        buckets = np.ascontiguousarray(in_bands).view(">u4").ravel()
+        in_bands = bits[:, np.isin(band_of, bands)].astype(np.uint32)
+        buckets = in_bands @ (np.uint32(1) << np.arange(in_bands.shape[1], dtype=np.uint32))
         order = np.lexsort((brightness, buckets))
         for step in range(1, min(_NEIGHBOURS, len(order) - 1) + 1):
             one, other = order[:-step], order[step:]
             near = (buckets[one] == buckets[other]) & (np.bitwise_count(hashes[one] ^ hashes[other]) <= NEAR_BITS)
-            one, other = one[near], other[near]
-            pairs.append(np.stack([np.minimum(one, other), np.maximum(one, other)], axis=1))
-    for one, other in np.unique(np.concatenate(pairs), axis=0):
-        colour = float(np.abs(thumbnails[one].astype(np.int16) - thumbnails[other]).mean())
-        if colour <= _NEAR_COLOUR:
-            yield int(one), int(other), int(np.bitwise_count(hashes[one] ^ hashes[other])), round(colour, 3)
+            pairs = np.sort(np.stack([one[near], other[near]], axis=1), axis=1)
+            found.append(pairs[_colour_difference(thumbnails, pairs) <= _NEAR_COLOUR])
+    pairs = np.unique(np.concatenate(found), axis=0)
+    for (one, other), colour in zip(pairs.tolist(), _colour_difference(thumbnails, pairs).tolist(), strict=True):
+        yield one, other, int(np.bitwise_count(hashes[one] ^ hashes[other])), round(colour, 3)
+
+
+def _colour_difference(thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """(pairs,) mean absolute difference of the 8-bit channels of two thumbnails."""
+    difference = np.empty(len(pairs))
+    for start in range(0, len(pairs), _AT_ONCE):
+        one, other = pairs[start : start + _AT_ONCE].T
+        difference[start : start + _AT_ONCE] = np.abs(thumbnails[one].astype(np.int16) - thumbnails[other]).mean(axis=1)
+    return difference

@@ -9,12 +9,14 @@ import io
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,7 @@ def write_shards(jobs: Sequence[ShardJob], workers: int) -> list[tuple[Shard | N
             _write_shard(job)
     else:
         # Not fork: the caller may have threads, whose locks a forked child would inherit locked.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_die_with_parent) as pool:
             try:
                 list(pool.map(_write_shard, todo))
             except BrokenProcessPool as error:
@@ -93,6 +95,18 @@ def write_shards(jobs: Sequence[ShardJob], workers: int) -> list[tuple[Shard | N
                     "run again, with fewer `workers` or lower `limits.max_pixels`"
                 ) from error
     return [(_read_shard(job), pq.read_table(job.index_path)) for job in jobs]
+
+
+def _die_with_parent() -> None:
+    """End this process when the one that started it is gone; a pool's workers would wait for its next job for ever."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait_for_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def _write_shard(job: ShardJob) -> None:

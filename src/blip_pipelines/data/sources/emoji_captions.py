@@ -324,7 +324,7 @@ def _sign(name: str, subcategory: str) -> str:
     if subcategory == "time" and name.endswith(("o'clock", "thirty")):
         return f"clock showing {name}"
     if subcategory == "zodiac":
-        return f"zodiac sign of {name}"
+        return f"the zodiac sign {name}"
     if subcategory == "keycap":
         key = name.removeprefix("keycap ")
         return f"keycap with {'the ' + {'#': 'hash sign', '*': 'asterisk'}.get(key, 'number ' + key)}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
+from blip_pipelines.config import ConfigError
 from blip_pipelines.data import storage
 from blip_pipelines.data.records import Caption, Record
 from blip_pipelines.data.sources import Entry, Quarantined, SourceError
@@ -45,9 +46,9 @@ class FolderConfig:
 
     def __post_init__(self) -> None:
         if self.origin not in ORIGINS:
-            raise SourceError(f"ingestion.source.options.origin: {self.origin!r} is not one of {', '.join(ORIGINS)}")
+            raise ConfigError(f"ingestion.source.options.origin: {self.origin!r} is not one of {', '.join(ORIGINS)}")
         if unknown := self.columns.keys() - set(_FIELDS):
-            raise SourceError(
+            raise ConfigError(
                 f"ingestion.source.options.columns: {sorted(unknown)[0]!r} is no field; fields are {', '.join(_FIELDS)}"
             )
 
