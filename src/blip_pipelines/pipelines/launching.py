@@ -7,11 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip_pipelines.data.storage import content_hash, read_json, write_json
+from blip_pipelines.jobs.closure import closure, code_hash
+from blip_pipelines.jobs.receipt import INDEX, Receipt, fingerprint
 from blip_pipelines.pipelines.parameters import Stage
 
 if TYPE_CHECKING:
     from blip_pipelines.jobs.launch import LaunchConfig
-    from blip_pipelines.jobs.receipt import Receipt
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ class Launched:
         record: seconds, speeds, run id and date; the report alone reads it.
     """
 
-    receipt: "Receipt"
+    receipt: Receipt
     history: list[dict[str, float]]
     record: dict[str, Any]
 
@@ -65,18 +67,12 @@ class Work:
 
     @classmethod
     def of(cls, modules: Sequence[str], decides: Any, inputs: Mapping[str, str], launch: "LaunchConfig") -> "Work":
-        from blip_pipelines.jobs.closure import closure, code_hash
-        from blip_pipelines.jobs.receipt import INDEX, fingerprint
-
         name = fingerprint(modules[0], decides, inputs)
         index = Path(launch.work) / INDEX / f"{name}.json"
         return cls(modules[0], name, code_hash(closure(modules)), index, launch.force)
 
-    def find(self, outputs: Mapping[str, Path]) -> "Receipt | None":
+    def find(self, outputs: Mapping[str, Path]) -> Receipt | None:
         """The receipt, if this work was done with this code and its outputs lie there unaltered."""
-        from blip_pipelines.data.storage import content_hash, read_json
-        from blip_pipelines.jobs.receipt import Receipt
-
         if self.force or not self.index.exists() or (entry := read_json(self.index))["code"] != self.code:
             return None
         if entry["outputs"] != {name: content_hash(path) for name, path in outputs.items() if path.exists()}:
@@ -85,17 +81,14 @@ class Work:
         folder = next(iter(outputs.values()))
         return Receipt(self.job, self.fingerprint, self.code, folder, entry["facts"], entry["seconds"], reused=True)
 
-    def note(self, outputs: Mapping[str, Path], facts: dict[str, Any], seconds: float) -> "Receipt":
+    def note(self, outputs: Mapping[str, Path], facts: dict[str, Any], seconds: float) -> Receipt:
         """Note outputs that are finished, if not yet in their place: they are known by content."""
-        from blip_pipelines.data.storage import content_hash, write_json
-        from blip_pipelines.jobs.receipt import Receipt
-
         found = {name: content_hash(path) for name, path in outputs.items()}
         write_json(self.index, {"code": self.code, "facts": facts, "seconds": seconds, "outputs": found})
         return Receipt(self.job, self.fingerprint, self.code, next(iter(outputs.values())), facts, seconds)
 
 
-def run_record(receipt: "Receipt") -> dict[str, Any]:
+def run_record(receipt: Receipt) -> dict[str, Any]:
     """What differs between two runs that made the same bytes, kept apart from them."""
     from blip_pipelines.tracking import runs
 

@@ -1,7 +1,7 @@
 """The model registry: served models with signature and example, traceable to what made them.
 
 A version carries the content hashes of the model folder and of the pairs, the fingerprint and the code hash of the
-job. Content that is registered already is not registered again; the alias moves to it.
+job. A model folder that is registered already is not registered again; the alias moves to its version.
 """
 
 import logging
@@ -18,13 +18,13 @@ class RegistryError(RuntimeError):
 
 
 def register_served(
-    name: str, model: Path, alias: str, made_from: Mapping[str, str], metrics: Mapping[str, float]
+    name: str, served: Any, model: Path, alias: str, made_from: Mapping[str, str], metrics: Mapping[str, float]
 ) -> dict[str, Any]:
     """Register a model folder under `name` with the code that serves it, and point `alias` at that version.
 
     Args:
-        name: "blip-captioner" or "blip-retriever"; `inference.served` says how each is asked.
-        made_from: content hashes and the like; tags of the version. "model" is what makes two versions equal.
+        served: an `inference.served.Served`: code, signature, example, requirements.
+        made_from: content hashes and the like; tags of the version. Versions of equal "model" are one.
         metrics: flat measures; on the version's page and in its description.
 
     Returns:
@@ -37,12 +37,15 @@ def register_served(
     if run is None:
         raise RegistryError(f"{name}: registering needs an MLflow run; use `kedro run --pipelines release`")
     client = run.store.client
-    version = _find(client, name, made_from) or _log(run, name, model, made_from, metrics)
+    version = _find(client, name, made_from["model"]) or _log(run, name, served, model, made_from)
+    for key, value in made_from.items():
+        client.set_model_version_tag(name, version, key, value)
+    client.update_model_version(name, version, _card(made_from, metrics))
     client.set_registered_model_alias(name, alias, version)
     return {"name": name, "version": version, "alias": alias, "stage": made_from["stage"]}
 
 
-def _find(client: Any, name: str, made_from: Mapping[str, str]) -> str | None:
+def _find(client: Any, name: str, content: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -50,36 +53,29 @@ def _find(client: Any, name: str, made_from: Mapping[str, str]) -> str | None:
     except MlflowException:
         return None
     for version in versions:
-        if all(version.tags.get(key) == value for key, value in made_from.items()):
+        if version.tags.get("model") == content:
             return str(version.version)
     return None
 
 
-def _log(run: runs.Run, name: str, model: Path, made_from: Mapping[str, str], metrics: Mapping[str, float]) -> str:
+def _log(run: runs.Run, name: str, served: Any, model: Path, made_from: Mapping[str, str]) -> str:
     import mlflow
 
-    from blip_pipelines.inference import served
-
-    how = served.SERVED[name]
     mlflow.set_tracking_uri(run.store.uri)
     with warnings.catch_warnings(), mlflow.start_run(run_id=run.id):
         warnings.simplefilter("ignore")  # MLflow's own, about type hints and integer columns
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logged = mlflow.pyfunc.log_model(
             name=name,
-            python_model=str(how.code),
+            python_model=str(served.code),
             artifacts={"model": str(model)},
-            signature=how.signature(),
-            input_example=how.example(),
-            pip_requirements=how.requirements(),
+            signature=served.signature(),
+            input_example=served.example(),
+            pip_requirements=served.requirements(),
             registered_model_name=name,
             metadata=dict(made_from),
         )
-    client, version = run.store.client, str(logged.registered_model_version)
-    for key, value in made_from.items():
-        client.set_model_version_tag(name, version, key, value)
-    client.update_model_version(name, version, _card(made_from, metrics))
-    return version
+    return str(logged.registered_model_version)
 
 
 def _card(made_from: Mapping[str, str], metrics: Mapping[str, float]) -> str:

@@ -10,7 +10,7 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 evaluate_med,
-                ["med_pretraining_model", "pairs", "images", "packages", "params:evaluation"],
+                ["med_pretraining_model", "pairs", "images", "params:evaluation"],
                 ["med_pretraining_predictions", "evaluation_metrics", "evaluation_run"],
                 name="evaluate_med",
             )

@@ -1,13 +1,11 @@
 """MED pretraining: ITC, ITM and LM on noisy pairs (BLIP 3.2)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from blip_pipelines.jobs.receipt import Receipt
 from blip_pipelines.pipelines.launching import launched
 from blip_pipelines.pipelines.parameters import Stage, read_block
-
-if TYPE_CHECKING:
-    from blip_pipelines.jobs.receipt import Receipt
 
 JOB = "blip_pipelines.jobs.med_pretraining"
 
@@ -24,7 +22,7 @@ def read_parameters(block: dict[str, Any]) -> Stage:
 
 def pretrain(
     pairs: Path, images: Path, packages: Path, checked: dict[str, str], parameters: dict[str, Any]
-) -> tuple["Receipt", list[dict[str, float]], dict[str, Any]]:
+) -> tuple[Receipt, list[dict[str, float]], dict[str, Any]]:
     """Train on the `train` split.
 
     Args:

@@ -9,6 +9,8 @@ from typing import Any
 
 from blip_pipelines.pipelines.parameters import Stage, read_block
 
+REGISTERED = ("blip-captioner", "blip-retriever")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -34,6 +36,7 @@ def register(
     """
     started = time.monotonic()
     from blip_pipelines.data.storage import content_hash
+    from blip_pipelines.inference.served import SERVED
     from blip_pipelines.tracking.registry import register_served
 
     made_from = {
@@ -44,7 +47,7 @@ def register(
         "code": run["code"],
     }
     alias = read_parameters(parameters).config.alias
-    models = [register_served(name, model, alias, made_from, metrics) for name in ("blip-captioner", "blip-retriever")]
+    models = [register_served(name, SERVED[name], model, alias, made_from, metrics) for name in REGISTERED]
     return {"models": models, "seconds": time.monotonic() - started}
 
 
