@@ -67,8 +67,7 @@ class FeatureCache:
             StorageError: the disk is full, or an image shard is damaged.
             ValueError: features are not finite in float16.
         """
-        identity = {"tower": tower_hash, "views": asdict(config), "images": storage.content_hash(images)}
-        folder = root / _hash_of(identity)[:16]
+        folder, identity = _named(root, images, config, tower_hash)
         if not (folder / _INDEX).exists():
             entries = [_fill(folder, images, shard, config, encode, batch_images) for shard in _shards(images)]
             shapes = {tuple(entry.pop("shape")) for entry in entries}
@@ -123,9 +122,33 @@ class FeatureCache:
         return {**self.__dict__, "_arrays": {}}  # a pickled memory map would carry its whole content
 
 
+def fill(
+    root: Path,
+    images: Path,
+    config: ImageConfig,
+    tower_hash: str,
+    encode: Encode,
+    batch_images: int = 64,
+    part: tuple[int, int] = (0, 1),
+) -> None:
+    """Compute every n-th file of a cache, from the i-th on, where `part` is (i, n): the share of one of n processes.
+
+    `FeatureCache.create`, called when all have done theirs, finds the files and writes the index.
+    """
+    folder = _named(root, images, config, tower_hash)[0]
+    if not (folder / _INDEX).exists():
+        for shard in _shards(images)[part[0] :: part[1]]:
+            _fill(folder, images, shard, config, encode, batch_images)
+
+
 def expected_bytes(images: Path, config: ImageConfig, tokens: int, width: int) -> int:
     """Disk that a cache of these images will take, for the caller to say before it is made."""
     return sum(shard.images for shard in _shards(images)) * config.views * tokens * width * 2
+
+
+def _named(root: Path, images: Path, config: ImageConfig, tower_hash: str) -> tuple[Path, dict[str, Any]]:
+    identity = {"tower": tower_hash, "views": asdict(config), "images": storage.content_hash(images)}
+    return root / _hash_of(identity)[:16], identity
 
 
 def _shards(images: Path) -> list[shards.Shard]:

@@ -189,6 +189,7 @@ class Loader:
         ahead: dict[str, Any] = {}
         if self.workers:
             ahead = {"num_workers": min(self.workers, max(len(self), 1)), "prefetch_factor": 2}
+            ahead["worker_init_fn"] = _leave_group
             if "fork" in multiprocessing.get_all_start_methods():
                 ahead["multiprocessing_context"] = "fork"  # workers share the table instead of copying it
         loader = DataLoader(
@@ -251,6 +252,11 @@ class _Steps(Dataset):
             )
             batches.append(batch)
         return batches
+
+
+def _leave_group(_worker: int) -> None:
+    """A signal to the group of the training process is for it: to end its step and save it still needs its workers."""
+    os.setpgid(0, 0)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -97,7 +97,7 @@ def train(
     Args:
         task: forward(batch, step) -> losses, "loss" among them; `before_step(step)` and `after_micro_step()` if it has
             them; `flops_per_sample` if it knows; `frozen`, names of submodules that checkpoints only name.
-        batches_from: the micro-batches of each optimizer step, from the given step on.
+        batches_from: the micro-batches of each optimizer step, from the given step on; each has `to(device)`.
         validate: called on rank 0 with the number of steps done; its numbers join the history.
 
     Returns:
@@ -190,7 +190,7 @@ def train_step(
         _seed_dropout(seed, step, micro, world.rank)
         with nullcontext() if last else _no_sync(wrapped):
             with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                shares = wrapped(batch, step)
+                shares = wrapped(batch.to(world.device), step)
             (shares["loss"] * world.ranks).backward()  # all-reduce takes the mean over ranks
         _call(task, "after_micro_step")  # the queue takes this micro-batch's features
         losses = {name: losses.get(name, 0.0) + share.detach() for name, share in shares.items()}
