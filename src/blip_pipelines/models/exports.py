@@ -181,8 +181,10 @@ def _save_stock(med: Med, kind: str, folder: Path, label_smoothing: float) -> No
         )
     with torch.device("meta"):  # no memory, and no draw from the generator of a training run
         model = STOCK[kind](config)
-    ours = med.state_dict()
-    model.load_state_dict({name: ours[name] for name in model.state_dict()}, strict=True, assign=True)
+    # Clones, because stock classes know no sharing between encoder and decoder and refuse to save it.
+    wanted = model.state_dict()
+    state = {name: value.clone() for name, value in med.state_dict().items() if name in wanted}
+    model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     with _quietly():
         model.save_pretrained(folder)

@@ -76,7 +76,8 @@ class Started:
     note: str = ""
 
     def __str__(self) -> str:
-        fresh = sorted({re.sub(r"\.\d+\.", ".*.", name.rsplit(".", 1)[0]) for name in self.fresh})
+        parts = (re.sub(r"(\.(?:layers?\.\d+\.\w+|predictions|embeddings)).*", r"\1", name) for name in self.fresh)
+        fresh = sorted({re.sub(r"\.\d+\.", ".*.", re.sub(r"\.(weight|bias)$", "", part)) for part in parts})
         return f"{self.source}: {len(self.loaded)} tensors loaded{self.note}; fresh: {', '.join(fresh) or 'none'}"
 
 
@@ -153,7 +154,8 @@ def start_model(med: Med, weights: Weights) -> Started:
     """Load a BLIP: any of the three stock classes, or an export of this project.
 
     Raises:
-        StartError: a key is unknown or a size differs; positions of another image size are interpolated.
+        StartError: a key is unknown, a size differs, or encoder and decoder differ where MED shares them (question
+            answering checkpoints fine-tuned untied). Positions of another image size are interpolated.
     """
     weights.require_heads("text", med.config.text.heads)
     weights.require_heads("vision", med.config.vision.heads)
@@ -292,8 +294,14 @@ class _Loading:
                 f"{self.source}: '{name}' is {tuple(value.shape)}, the model's {tuple(parameter.shape)}; "
                 "set the model's sizes to those of its starting point"
             )
+        canonical = self.canonical[id(parameter)]
+        if canonical in self.loaded and not torch.equal(parameter, value.to(parameter.dtype)):
+            raise StartError(
+                f"{self.source}: '{name}' differs from '{canonical}', which MED shares; the two sides were trained "
+                "apart, so start from a retrieval or captioning checkpoint"
+            )
         parameter.copy_(value)
-        self.loaded.add(self.canonical[id(parameter)])
+        self.loaded.add(canonical)
 
     def report(self, note: str = "") -> Started:
         names = [name for name in self.canonical.values() if name.startswith(self.scope)]

@@ -142,7 +142,7 @@ class Stem(nn.Module):
         note = {"kind": "efficientnet_lite0", "features": FEATURES, "stride": STRIDE, "mean": MEAN, "std": STD}
         write_json(folder / FILES[1], {**note, "sha256": self.hash})
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, N, P) float32 features, N = (S / 32) squared, of (B, 3, S, S) uint8 pixels."""
         if pixels.ndim != 4 or pixels.dtype != torch.uint8 or pixels.shape[1] != 3 or pixels.shape[2] % STRIDE:
