@@ -139,8 +139,7 @@ def decide_shard(table: pa.Table, judged: pa.Table, rule: RuleConfig, round_numb
     kept, reasons = decide(judged, rule)
     if rule.drop_repeats:
         _drop_repeats(table.filter(pc.invert(_is_judged(table))), judged, kept, reasons)
-    rounds = pa.array([round_number] * len(judged), pa.int32())
-    return _with(judged, kept=pa.array(kept), reason=pa.array(reasons, pa.string()), round=rounds)
+    return fill(judged, kept=kept, reason=reasons, round=[round_number] * len(judged))
 
 
 def compose_shard(table: pa.Table, decided: pa.Table) -> pa.Table:
@@ -170,6 +169,14 @@ def compose_shard(table: pa.Table, decided: pa.Table) -> pa.Table:
     )
     parts = pa.concat_tables([table.filter(pa.array(~is_judged)), web, synthetic])
     return parts.take(pa.array(np.argsort(place, kind="stable")))
+
+
+def fill(table: pa.Table, **columns: Any) -> pa.Table:
+    """The `PAIR_SCHEMA` rows with other values in some columns."""
+    for name, values in columns.items():
+        column = PAIR_SCHEMA.field(name)
+        table = table.set_column(PAIR_SCHEMA.get_field_index(name), column, pa.array(values, column.type))
+    return table
 
 
 def _is_judged(table: pa.Table) -> pa.ChunkedArray:
@@ -211,9 +218,3 @@ def _texts(table: pa.Table) -> list[tuple[str, str]]:
     """(image key, caption but for case and spaces) of each row."""
     keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
     return [(key, " ".join(caption.lower().split())) for key, caption in zip(keys, captions, strict=True)]
-
-
-def _with(table: pa.Table, **columns: pa.Array) -> pa.Table:
-    for name, values in columns.items():
-        table = table.set_column(PAIR_SCHEMA.get_field_index(name), PAIR_SCHEMA.field(name), values)
-    return table
