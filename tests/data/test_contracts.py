@@ -12,6 +12,7 @@ from blip_pipelines.config import ConfigError
 from blip_pipelines.data.contracts import RULES, ContractError, ContractsConfig, check
 from blip_pipelines.data.quality import summarise
 
+OF_A_ROUND = ("keep_rate", "length_shift", "vocabulary_shift")
 KEYS = [f"{number:064x}" for number in range(6)]
 
 
@@ -43,11 +44,11 @@ def test_a_misspelt_rule_is_an_error_that_lists_the_rules():
 @pytest.mark.slow
 def test_a_good_data_set_keeps_every_contract_and_leaves_a_site_that_fetches_nothing(tmp_path):
     results = _check(tmp_path, _good_rows())
-    assert [result.rule for result in results] == list(RULES)
+    assert [result.rule for result in results] == [rule for rule in RULES if rule not in OF_A_ROUND]
     assert all(result.passed for result in results)
     pages = {page: page.read_text("utf-8") for page in (tmp_path / "docs").rglob("*.html")}
     index = pages[tmp_path / "docs" / "index.html"]
-    assert all(rule in index for rule in RULES)
+    assert all(result.rule in index for result in results)
     assert not any('src="http' in page or '<link rel="stylesheet" href="http' in page for page in pages.values())
 
 

@@ -3,9 +3,10 @@ import math
 import pyarrow as pa
 import pytest
 
+from blip_pipelines.data.composition import RuleConfig
 from blip_pipelines.data.pairs import write_pairs
 from blip_pipelines.data.records import PAIR_SCHEMA
-from blip_pipelines.data.shift import keep_rates, text_shift
+from blip_pipelines.data.shift import keep_rates, summarise_round
 
 
 def table(captions, split="train", **columns):
@@ -16,10 +17,15 @@ def table(captions, split="train", **columns):
     return pa.Table.from_pylist(rows, PAIR_SCHEMA)
 
 
+def of_round(folder, decided=(), rule=RuleConfig()):  # noqa: B008
+    write_pairs(folder / "decided", [*decided, table([])], "images")
+    return summarise_round(folder / "before", folder / "decided", folder / "after", rule).to_pylist()[0]
+
+
 def shift(folder, before, after):
     for name, shards in (("before", before), ("after", after)):
         write_pairs(folder / name, [table(captions) for captions in shards], "images")
-    return text_shift(folder / "before", folder / "after").to_pylist()[0]
+    return of_round(folder)
 
 
 def test_the_same_captions_in_other_shards_have_not_moved(tmp_path):
@@ -44,12 +50,21 @@ def test_the_divergence_is_that_of_jensen_and_shannon(tmp_path):
 def test_only_training_captions_count(tmp_path):
     write_pairs(tmp_path / "before", [table(["a dog"])], "images")
     write_pairs(tmp_path / "after", [pa.concat_tables([table(["a dog"]), table(["ein hund"], "val")])], "images")
-    assert text_shift(tmp_path / "before", tmp_path / "after")["vocabulary_shift"].to_pylist() == [0]
+    assert of_round(tmp_path)["vocabulary_shift"] == 0
 
 
 def test_an_empty_corpus_is_as_far_away_as_can_be(tmp_path):
     found = shift(tmp_path, [["a dog"]], [[]])
     assert (found["length_shift"], found["vocabulary_shift"], found["captions_after"]) == (1, 1, 0)
+
+
+def test_keep_rates_of_a_round_are_those_of_the_origins_that_the_rule_wants(tmp_path):
+    for name in ("before", "after"):
+        write_pairs(tmp_path / name, [table("ab")], "images")
+    decided = [table("abc", origin=["web", "web", "web"], source="xyx", kept=[True, False, False])]
+    found = of_round(tmp_path, decided)
+    assert (found["web_keep_rate"], found["synthetic_keep_rate"]) == (pytest.approx(1 / 3), None)
+    assert of_round(tmp_path, decided, RuleConfig(web=False))["web_keep_rate"] is None
 
 
 def test_keep_rates_are_counted_by_origin_and_source(tmp_path):

@@ -55,6 +55,10 @@ RULES: dict[str, Severity] = {
     "evaluation_absent_from_training": "error",
     "near_duplicates": "warn",
     "near_duplicates_across_splits": "warn",
+    # Of a CapFilt round:
+    "keep_rate": "error",
+    "length_shift": "warn",
+    "vocabulary_shift": "warn",
 }
 _FIRST_ROWS = 5
 _NAMING = ("key", "caption", "other_caption")  # columns that name a row to a person
@@ -84,6 +88,9 @@ class ContractsConfig:
     max_aspect: float = 5.0
     max_captions_per_image: int = 100
     max_images_per_caption: int = 100
+    min_keep_rate: float = 0.02
+    max_length_shift: float = 0.5
+    max_vocabulary_shift: float = 0.5
 
     def __post_init__(self) -> None:
         if unknown := sorted(self.severity.keys() - RULES.keys()):
@@ -119,7 +126,8 @@ def check(pairs: Path, tables: Mapping[str, pa.Table], config: ContractsConfig, 
 
     Args:
         pairs: folder of a caption table, as `write_pairs` leaves it.
-        tables: what `quality.summarise` says of it.
+        tables: what `quality.summarise` says of it; and of a CapFilt round "round", from `shift.summarise_round`.
+            Rules over a table that is not there are not looked at.
         docs: replaced as a whole; open its index.html.
 
     Raises:
@@ -159,6 +167,8 @@ def _validate(
     source = context.data_sources.add_pandas("data_set")
     found = []
     for name, expectations in {"pairs": _row_rules(config), **_set_rules(config)}.items():
+        if name != "pairs" and name not in tables:
+            continue
         wanted = [(rule, each) for rule, each in expectations if config.severity_of(rule) != "off"]
         for rule, each in wanted:
             each.meta = {"rule": rule}
@@ -220,18 +230,21 @@ def _row_rules(config: ContractsConfig) -> list[tuple[str, Any]]:
 
 
 def _set_rules(config: ContractsConfig) -> dict[str, list[tuple[str, Any]]]:
-    """Table of `quality.summarise` to the rules over it."""
+    """Name of a summary table to the rules over it."""
     import great_expectations.expectations as gxe
 
-    def at_most(column: str, bound: int) -> Any:
+    def at_most(column: str, bound: float) -> Any:
         return gxe.ExpectColumnValuesToBeBetween(column=column, max_value=bound)
+
+    def at_least(column: str, bound: float) -> Any:
+        return gxe.ExpectColumnValuesToBeBetween(column=column, min_value=bound)
 
     return {
         "data_set": [
             ("rows", at_most("missing_rows", 0)),
-            ("splits", gxe.ExpectColumnValuesToBeBetween(column="train_rows", min_value=1)),
-            ("splits", gxe.ExpectColumnValuesToBeBetween(column="val_rows", min_value=1)),
-            ("splits", gxe.ExpectColumnValuesToBeBetween(column="test_rows", min_value=1)),
+            ("splits", at_least("train_rows", 1)),
+            ("splits", at_least("val_rows", 1)),
+            ("splits", at_least("test_rows", 1)),
         ],
         "captions_per_image": [("captions_per_image", at_most("captions", config.max_captions_per_image))],
         "images_per_caption": [("images_per_caption", at_most("images", config.max_images_per_caption))],
@@ -241,6 +254,12 @@ def _set_rules(config: ContractsConfig) -> dict[str, list[tuple[str, Any]]]:
         "near_duplicates": [
             ("near_duplicates", gxe.ExpectColumnValuesToBeNull(column="other_key")),
             ("near_duplicates_across_splits", at_most("splits", 1)),
+        ],
+        "round": [
+            ("keep_rate", at_least("web_keep_rate", config.min_keep_rate)),
+            ("keep_rate", at_least("synthetic_keep_rate", config.min_keep_rate)),
+            ("length_shift", at_most("length_shift", config.max_length_shift)),
+            ("vocabulary_shift", at_most("vocabulary_shift", config.max_vocabulary_shift)),
         ],
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How the text of a corpus moved from one CapFilt round to the next, in small tables for contracts and report.
+"""What a CapFilt round did to the text of a corpus, in small tables for contracts and report.
 
 A captioner that says the same of every image, or a filter that lets only short captions through, breaks no rule about
 rows: it shows in the length and the vocabulary of the whole. Shards are read one by one; what stays in memory is one
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blip_pipelines.data import storage
+from blip_pipelines.data.composition import RuleConfig
 from blip_pipelines.data.storage import MANIFEST
 
 
@@ -29,23 +30,32 @@ class _Text:
         return sum(self.words.values()) / max(self.captions, 1)
 
 
-def text_shift(before: Path, after: Path) -> pa.Table:
-    """One row about the training captions of two corpora.
+def summarise_round(before: Path, decided: Path, after: Path, rule: RuleConfig) -> pa.Table:
+    """One row about a CapFilt round, for its contracts.
+
+    Args:
+        before, after: the corpora; decided: the captions that were judged for `after`.
 
     Returns:
-        `captions_*`, `words_per_caption_*`, `vocabulary_*` (distinct words), each `_before` and `_after`;
-        `length_shift`, the change of the words per caption relative to before; `vocabulary_shift`, the Jensen-Shannon
-        divergence of the distributions of words in bits: 0 for the same words as often, 1 for no word in common.
+        `web_keep_rate` and `synthetic_keep_rate`, null where there was nothing to keep or the rule wants none;
+        `captions_*`, `words_per_caption_*`, `vocabulary_*` (distinct words) of the training captions, each `_before`
+        and `_after`; `length_shift`, the change of the words per caption relative to before; `vocabulary_shift`, the
+        Jensen-Shannon divergence of the distributions of words in bits: 0 for the same words as often, 1 for no word
+        in common.
     """
     old, new = _read(before), _read(after)
-    length_shift = abs(new.words_per_caption / old.words_per_caption - 1) if old.words_per_caption else 0.0
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
+    for origin, wanted in (("web", rule.web), ("synthetic", rule.synthetic)):
+        rows = [row for row in keep_rates(decided).to_pylist() if row["origin"] == origin]
+        judged = sum(row["judged"] for row in rows)
+        found[f"{origin}_keep_rate"] = sum(row["kept"] for row in rows) / judged if judged and wanted else None
     for when, text in (("before", old), ("after", new)):
-        found[f"captions_{when}"] = text.captions
+        found[f"captions_{when}"] = float(text.captions)
         found[f"words_per_caption_{when}"] = text.words_per_caption
-        found[f"vocabulary_{when}"] = len(text.words)
-    found |= {"length_shift": length_shift, "vocabulary_shift": _divergence(old.words, new.words)}
-    return pa.Table.from_pylist([found])
+        found[f"vocabulary_{when}"] = float(len(text.words))
+    shift = abs(new.words_per_caption / old.words_per_caption - 1) if old.words_per_caption else 0.0
+    found |= {"length_shift": shift, "vocabulary_shift": _divergence(old.words, new.words)}
+    return pa.table({name: pa.array([value], pa.float64()) for name, value in found.items()})
 
 
 def keep_rates(decided: Path) -> pa.Table:
