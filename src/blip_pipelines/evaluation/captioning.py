@@ -243,9 +243,11 @@ def _spice(
 
 
 def _java(jars: Path | None, jar: str, metric: str, memory: str) -> list[str] | None:
-    path = None if jars is None else jars.absolute() / jar
-    if path is None or not path.exists() or shutil.which("java") is None:
-        log.info("%s left out: it needs java and %s in the folder of the parameter 'jars'", metric, jar)
+    if jars is None:  # not asked for
+        return None
+    path = jars.absolute() / jar
+    if not path.exists() or shutil.which("java") is None:
+        log.info("%s left out: it needs java and the file %s", metric, path)
         return None
     return ["java", f"-Xmx{memory}", "-jar", str(path)]
 

@@ -50,6 +50,10 @@ class Gallery:
         """Bool (rows of the slice, I): text to image."""
         return self.owned[:, torch.from_numpy(self.text_of_row[queries])].T
 
+    def are_hits(self, image_rows: np.ndarray, text_rows: np.ndarray) -> np.ndarray:
+        """Bool: whether the text of a row belongs to the image of another, element by element; broadcasts."""
+        return self.owned.numpy()[self.image_of_row[image_rows], self.text_of_row[text_rows]]
+
     def chance(self) -> dict[str, float]:
         """The expected recalls of a random order: i2t_r1 … t2i_r10."""
         rows_of_text_U = torch.from_numpy(np.bincount(self.text_of_row))

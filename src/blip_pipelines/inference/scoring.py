@@ -40,6 +40,8 @@ def text_features(med: Med, token_ids_RT: Tensor, token_mask_RT: Tensor, batch_t
     features_RE = torch.empty(len(token_ids_RT), med.config.projection)
     lengths_R = token_mask_RT.sum(1)
     for rows in lengths_R.argsort(stable=True).split(batch_texts):
+        if not len(rows):
+            break
         longest = int(lengths_R[rows].max())
         token_ids, token_mask = token_ids_RT[rows, :longest].to(device), token_mask_RT[rows, :longest].to(device)
         features_RE[rows] = med.text_features(token_ids, token_mask).cpu()
