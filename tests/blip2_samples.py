@@ -1,0 +1,64 @@
+"""Tiny BLIP-2 parts that tests of several rooms share."""
+
+import torch
+from model_samples import CLS, DEC, ENC, PAD, SEP
+
+from blip_pipelines.models.med import TextConfig
+from blip_pipelines.models.qformer import QFormer, QFormerConfig
+
+
+def tiny_qformer_config(*, queries: int = 4, every: int = 2, image_width: int = 24, **text: float) -> QFormerConfig:
+    ids = {"pad_id": PAD, "cls_id": CLS, "sep_id": SEP, "dec_id": DEC, "enc_id": ENC}
+    sizes = {"vocabulary": 40, "width": 16, "layers": 3, "heads": 2, "ffn_width": 24, "max_positions": 12}
+    return QFormerConfig(
+        text=TextConfig(**{**sizes, **ids, **text}),
+        queries=queries,
+        cross_attention_every=every,
+        image_width=image_width,
+        projection=8,
+        initializer="fan_in",
+    )
+
+
+def tiny_qformer(seed: int = 0, **config) -> QFormer:
+    return QFormer(tiny_qformer_config(**config), seed).eval()
+
+
+def tiny_image(batch: int = 3, tokens: int = 5, width: int = 24, seed: int = 0) -> torch.Tensor:
+    """What a frozen encoder gives."""
+    return torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
+def stock_blip2_config(config: QFormerConfig, **parts):
+    """The stock configuration written out by hand, as an oracle that does not go through our export."""
+    from transformers import Blip2Config
+
+    text = config.text
+    return Blip2Config(
+        vision_config={
+            "hidden_size": config.image_width,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+            "layer_norm_eps": config.image_norm_eps,
+            "initializer_range": 0.1,
+        },
+        qformer_config={
+            "vocab_size": text.vocabulary,
+            "hidden_size": text.width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "intermediate_size": text.ffn_width,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "max_position_embeddings": text.max_positions,
+            "cross_attention_frequency": config.cross_attention_every,
+            "use_qformer_text_input": True,
+            "layer_norm_eps": text.layer_norm_eps,
+        },
+        num_query_tokens=config.queries,
+        image_text_hidden_size=config.projection,
+        **parts,
+    )
