@@ -86,7 +86,12 @@ class KeysValues:
 
     def select(self, index: Tensor) -> "KeysValues":
         """Rows gathered by `index` (int64): the images of ITM's pairs, the beams that live on."""
-        return type(self)([(key.index_select(0, index), value.index_select(0, index)) for key, value in self.layers])
+
+        # In memory a row is (S, H, d); gathered in that order it is one copy, forward and, in SDPA's layout, backward.
+        def rows(states_BHSd: Tensor) -> Tensor:
+            return states_BHSd.transpose(1, 2).index_select(0, index).transpose(1, 2)
+
+        return type(self)([(rows(key), rows(value)) for key, value in self.layers])
 
 
 class Cache(KeysValues):
