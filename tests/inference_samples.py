@@ -10,7 +10,7 @@ from model_samples import tiny_config
 from blip_pipelines.data.tokens import prune_vocabulary
 from blip_pipelines.models.exports import export_med
 from blip_pipelines.models.med import Med
-from blip_pipelines.models.stem import Stem
+from blip_pipelines.models.stem import Stem, convolutions
 
 
 def export_tiny_med(folder: Path, stem: Stem | None = None, image_size: int = 8) -> Path:
@@ -24,3 +24,14 @@ def export_tiny_med(folder: Path, stem: Stem | None = None, image_size: int = 8)
             layer.crossattention.output.dense.weight.mul_(8)
     export_med(med, folder, tokenizer, {"size": image_size}, stem=stem)
     return folder
+
+
+def random_stem() -> Stem:
+    """The frozen stem's network with random weights that keep the size of what passes through."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for layer in convolutions():
+        fan_in = layer.shape[1] * layer.shape[2] * layer.shape[3]
+        weights[f"{layer.name}.weight"] = torch.randn(layer.shape, generator=generator) * (2 / fan_in) ** 0.5
+        weights[f"{layer.name}.bias"] = torch.zeros(layer.shape[0])
+    return Stem(weights)

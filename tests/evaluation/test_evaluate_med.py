@@ -3,9 +3,10 @@ import pyarrow.parquet as pq
 import pytest
 from distributed_samples import on_ranks
 from evaluation_samples import CONFIG, evaluate, write_scene
-from inference_samples import export_tiny_med
+from inference_samples import export_tiny_med, random_stem
 
 from blip_pipelines.config import ConfigError
+from blip_pipelines.data.features import FeatureCache
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.evaluation.captioning import score_captions
 from blip_pipelines.evaluation.evidence import read_captions, read_queries
@@ -97,6 +98,19 @@ def test_the_same_evaluation_writes_the_same_bytes(done, inputs, tmp_path):
     assert evaluate(World(), CONFIG, inputs, tmp_path) == facts
     for file in out.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_behind_a_frozen_stem_the_nearest_image_is_by_its_mean_cached_feature(inputs, tmp_path):
+    work, model = tmp_path / ".work" / "fingerprint", export_tiny_med(tmp_path / "model", random_stem(), 128)
+    evaluate(World(), {**CONFIG, "subsets": ["combo"]}, {**inputs, "model": model}, work)
+    cache = FeatureCache(next((tmp_path / ".cache").rglob("index.json")).parent)
+    train = sorted(set(Pairs.open(inputs["pairs"]).select(split="train").keys))
+    known = cache.read(train).astype(np.float64).mean(1)
+    centre = known.mean(0)
+    for row in read_captions(work / "out"):
+        asked = cache.read([row["key"]]).astype(np.float64).mean(1)[0] - centre
+        cosines = (known - centre) @ asked / np.linalg.norm(known - centre, axis=1)
+        assert row["baseline_key"] == train[int(cosines.argmax())]
 
 
 def test_without_training_rows_there_is_no_baseline(inputs, tmp_path):

@@ -5,11 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from data_samples import picture
-from inference_samples import export_tiny_med
+from inference_samples import export_tiny_med, random_stem
 from mlflow.exceptions import MlflowException
 
+from blip_pipelines.data.images import decode
+from blip_pipelines.data.transforms import to_pixels
 from blip_pipelines.inference.served import SERVED, Captioner, Retriever
+from blip_pipelines.models.exports import load_med
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +133,18 @@ def test_the_retriever_says_what_a_row_lacks(retriever):
         retriever.predict(None, pd.DataFrame({"text": [None]}))
     with pytest.raises(MlflowException, match="row 1, image: missing"):
         retriever.predict(None, pd.DataFrame({"text": ["a", None], "texts": [None, ["a"]]}))
+
+
+def test_a_model_behind_a_frozen_stem_is_served_from_its_folder_alone(tmp_path):
+    stem = random_stem()
+    model = loaded(Retriever(), export_tiny_med(tmp_path, stem, 128))
+    found = model.predict(None, pd.DataFrame({"image": [text(content) for content in PICTURES]}))
+    pixels = np.stack([to_pixels(decode(content, limits=None), 128) for content in PICTURES])
+    exported = load_med(tmp_path)
+    with torch.no_grad():
+        expected = exported.med.image_features(exported.med.encode_image(stem(torch.from_numpy(pixels))))
+    np.testing.assert_allclose(np.stack(found["image_embedding"]), expected, atol=1e-5)
+    assert np.ptp(expected.numpy(), axis=0).max() > 1e-3, "the case must have pictures that differ"
 
 
 @pytest.fixture(scope="module")
