@@ -21,7 +21,7 @@ CONFIG = TrainingConfig(steps=12, batch_samples_global=8, checkpoint_every_steps
 OPTIMIZER = OptimizerConfig(0.01, warmup_steps=3)
 
 
-class Cut(Exception):  # noqa: N818
+class Cut(Exception):
     pass
 
 

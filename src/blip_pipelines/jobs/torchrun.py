@@ -32,11 +32,11 @@ POLL_SECONDS = 2.0
 logger = logging.getLogger(__name__)
 
 
-class JobFailed(RuntimeError):  # noqa: N818
+class JobFailed(RuntimeError):
     """A job that did not finish; the message holds the first worker's traceback and where the whole log is."""
 
 
-class JobStopped(RuntimeError):  # noqa: N818
+class JobStopped(RuntimeError):
     """A job that was told to stop: it has saved, and the same command goes on from there."""
 
 

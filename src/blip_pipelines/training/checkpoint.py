@@ -135,6 +135,18 @@ def read_history(folder: Path) -> Rows:
     return []
 
 
+def copy_newest(folder: Path, destination: Path) -> None:
+    """Put the newest checkpoint of `folder` at `destination` too, without copying bytes where the disk allows it."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    shutil.copytree(checkpoints(folder)[0], destination, copy_function=link)
+
+
 def frozen_hashes(task: nn.Module) -> dict[str, str]:
     """By module name of `task.frozen` (names of submodules that never change), one hash of the weights."""
     hashes = {}

@@ -77,7 +77,7 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step and why."""
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """Told to stop by SIGTERM: the state is saved."""
 
 
@@ -91,6 +91,7 @@ def train(
     seed: int,
     fingerprint: str = "",
     validate: Callable[[int], Mapping[str, float]] | None = None,
+    shown: Sequence[str] = ("loss",),
 ) -> Rows:
     """Train `task` in place to its last step, from the newest sound checkpoint in `work` if there is one.
 
@@ -99,6 +100,7 @@ def train(
             them; `flops_per_sample` if it knows; `frozen`, names of submodules that checkpoints only name.
         batches_from: the micro-batches of each optimizer step, from the given step on; each has `to(device)`.
         validate: called on rank 0 with the number of steps done; its numbers join the history.
+        shown: losses on the progress line.
 
     Returns:
         The history on rank 0, rows {"step": steps done, name: value}, losses global; on other ranks nothing of use.
@@ -156,7 +158,7 @@ def train(
                 if save:
                     write_json(work / SPEED, meter.numbers())
                 if last or progress.due:
-                    progress.show(meter.line(done, config.steps, _shown(history)), last)
+                    progress.show(meter.line(done, config.steps, _newest(history, shown)), last)
             if last or stop:
                 world.barrier()  # nobody leaves before it is saved
             if last:
@@ -336,10 +338,9 @@ def _evaluate(task: nn.Module, validate: Callable[[int], Mapping[str, float]], d
     return numbers
 
 
-def _shown(history: Rows) -> dict[str, float]:
-    newest = next((row for row in reversed(history) if "loss" in row), {})
-    hidden = ("step", "learning_rate", "gradient_norm")
-    return {name: value for name, value in newest.items() if name not in hidden}
+def _newest(history: Rows, shown: Sequence[str]) -> dict[str, float]:
+    row = next((row for row in reversed(history) if "loss" in row), {})
+    return {name: row[name] for name in shown if name in row}
 
 
 def _seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
