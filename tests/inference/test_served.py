@@ -95,7 +95,8 @@ def test_a_malformed_image_is_refused_by_row_and_reason(captioner, image, reason
 
 def test_wrong_parameters_are_the_callers_error(captioner):
     table = pd.DataFrame({"image": [text(PICTURES[0])]})
-    for params, reason in (({"top_p": 2.0}, "top_p"), ({"max_tokens": 3, "min_tokens": 5}, "max_tokens")):
+    wrong = {"top_p": {"top_p": 2.0}, "max_tokens": {"max_tokens": 3, "min_tokens": 5}, "num_beams": {"num_beams": 999}}
+    for reason, params in wrong.items():
         with pytest.raises(MlflowException, match=reason) as refused:
             captioner.predict(None, table, params)
         assert refused.value.get_http_status_code() == 400

@@ -215,14 +215,14 @@ def _beam_search(med: Med, image: KeysValues, start_BT: Tensor, config: Generati
         token_AC = continued.token_ids[:, :, length]
         ends_AC = (token_AC == text.sep_id) | (length + 1 == config.max_tokens)
 
-        lives = continued.best(beams, continued.score.masked_fill(ends_AC, -torch.inf))
+        lives = continued.score.masked_fill(ends_AC, -torch.inf).topk(beams).indices
         running, parent_AK = continued.select(lives), parent_AC.gather(1, lives)
 
         # Of the continuations only the best K may finish; the others stand by so that K beams live on.
         is_final_AC = ends_AC & (torch.arange(2 * beams, device=device) < beams)
         final_AC = continued.score / (length + 1 - prompt_tokens) ** config.length_penalty
         finished = finished.merge(continued.with_score(final_AC.masked_fill(~is_final_AC, -torch.inf)))
-        finished = finished.select(finished.best(beams, finished.score))
+        finished = finished.select(finished.score.topk(beams).indices)
 
         reachable_A = running.score[:, 0] / (length + 1 - prompt_tokens) ** config.length_penalty
         is_done_A = (reachable_A <= finished.score[:, -1]) | (length + 1 == config.max_tokens)
@@ -265,9 +265,6 @@ class _Hypotheses:
         gained_AC = log_probability_RV.view(-1, beams * vocabulary).gather(1, index_AC)
         return _Hypotheses(continued.token_ids, score_AC, continued.log_probability + gained_AC), parent_AC
 
-    def best(self, beams: int, by_AK: Tensor) -> Tensor:
-        return by_AK.topk(beams).indices
-
     def select(self, index_AC: Tensor) -> "_Hypotheses":
         long = index_AC[:, :, None].expand(-1, -1, self.token_ids.shape[2])
         return _Hypotheses(
@@ -300,5 +297,6 @@ def _discourage(scores_AV: Tensor, seen_AT: Tensor, sep_id: int, config: Generat
         seen = scores_AV.gather(1, seen_AT)
         scores_AV = scores_AV.scatter(1, seen_AT, torch.where(seen < 0, seen * config.penalty, seen / config.penalty))
     if seen_AT.shape[1] < config.min_tokens:
-        scores_AV = scores_AV.index_fill(1, torch.tensor([sep_id], device=scores_AV.device), -torch.inf)
+        scores_AV = scores_AV.clone()
+        scores_AV[:, sep_id] = -torch.inf
     return scores_AV

@@ -41,6 +41,7 @@ BATCH_IMAGES = 64
 MAX_TEXT_TOKENS = 64
 MIN_TOKENS = 3  # [DEC] and two words: BLIP's 5 would forbid the short captions of small data sets
 MAX_SIDE = 10_000
+MAX_BEAMS = 16
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch", "transformers")
 
 
@@ -81,6 +82,8 @@ class Captioner(_MedModel):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         settings = {**_defaults(CAPTIONER_PARAMETERS), **(params or {})}
         seed = settings.pop("seed")
+        if settings["num_beams"] > MAX_BEAMS:
+            raise MlflowException.invalid_parameter_value(f"num_beams: {settings['num_beams']} is over {MAX_BEAMS}")
         try:
             config = GenerationConfig(beams=settings.pop("num_beams"), **settings)
         except ConfigError as error:
