@@ -83,6 +83,7 @@ def test_the_baseline_is_the_caption_of_the_nearest_training_image(done, inputs)
     assert done[0]["metrics"]["baseline_exact/image"] == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(done, inputs, tmp_path):
     facts, out = done
     first, second = on_ranks(2, evaluate, CONFIG, inputs, tmp_path)
