@@ -121,6 +121,28 @@ def test_unknown_key_of_a_stage_that_runs_is_refused_before_it_runs():
         hooks.CheckParameters().before_pipeline_run(pipeline=pipeline, catalog=catalog)
 
 
+@pytest.mark.parametrize(
+    ("env", "alias", "started_by_dvc", "reason"),
+    [
+        ("smoke", "candidate", False, "dvc.yaml describes conf/base, this was --env smoke"),
+        (None, "champion", False, "the parameters of release are not those of conf/base"),
+        (None, "candidate", True, "DVC started this run"),
+        (None, "candidate", False, None),
+    ],
+)
+def test_a_run_that_dvc_yaml_does_not_describe_is_not_recorded(monkeypatch, env, alias, started_by_dvc, reason):
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    if started_by_dvc:
+        monkeypatch.setenv("DVC_STAGE", "release")
+    hook = hooks.RecordOutputs()
+    hook.after_context_created(
+        SimpleNamespace(project_path=ROOT, config_loader=SimpleNamespace(conf_source=ROOT / "conf"))
+    )
+    hook.before_pipeline_run()
+    found = hook._why_not(["release"], env, {"release": {"alias": alias}})
+    assert found is None if reason is None else found.startswith(reason)
+
+
 @pytest.mark.parametrize(("kind", "shown"), [(ConfigError, "\nConfigError: what to do\n"), (KeyError, "Traceback")])
 def test_our_errors_are_shown_without_a_traceback_others_with(kind, shown, capsys):
     try:

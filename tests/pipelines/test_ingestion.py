@@ -81,13 +81,14 @@ def test_nothing_is_trained_on_pairs_whose_contracts_were_not_checked(tmp_path):
 def test_checked_pairs_are_sealed_and_broken_ones_stop_the_pipeline_with_their_docs(tmp_path, run_ingest):
     from blip_pipelines.data.contracts import ContractError
 
-    run_ingest(photos(tmp_path / "photos"))
-    pairs, images = run_ingest.places["pairs"], run_ingest.places["images"]
-    seal, rules, docs = check_contracts(pairs, images, run_ingest.places, run_ingest.block)
-    assert seal == {"pairs": content_hash(pairs)} and all(rule["success"] for rule in rules)
+    record = run_ingest(photos(tmp_path / "photos"))
+    data_set = run_ingest.places["pairs"], run_ingest.places["images"], run_ingest.places, record
+    pairs = run_ingest.places["pairs"]
+    seal, rules, docs, whole = check_contracts(*data_set, run_ingest.block)
+    assert whole["seconds"] > record["seconds"]
+    assert seal == {"pairs": content_hash(pairs)} and all(rule["passed"] for rule in rules)
     assert (docs / "index.html").exists()
-    again = check_contracts(pairs, images, run_ingest.places, run_ingest.block)
-    assert again == (seal, rules, docs)
+    assert check_contracts(*data_set, run_ingest.block) == (seal, rules, docs, whole)
     strict = {**run_ingest.block, "contracts": {"min_side": 100}}
     with pytest.raises(ContractError, match="image_size"):
-        check_contracts(pairs, images, run_ingest.places, strict)
+        check_contracts(*data_set, strict)

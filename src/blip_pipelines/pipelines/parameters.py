@@ -1,19 +1,16 @@
 """The parameters of a stage, read strictly: one block of `conf/<env>/parameters_<stage>.yml` each.
 
-A block holds the configuration of the stage's job and, under `launch`, how that job is started. The job's module may
-import torch, so a block is read only when its stage is about to run.
+A block holds the configuration of the stage's work and, under `launch`, how that is started. Its module may import
+torch, so a block is read only when its stage is about to run.
 """
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blip_pipelines.config import ConfigError, read
-
-if TYPE_CHECKING:
-    from blip_pipelines.jobs.launch import LaunchConfig
 
 STAGES = ("ingestion", "med_pretraining", "evaluation", "release")
 
@@ -25,25 +22,22 @@ class Stage:
     Args:
         config: what the job reads; its fields are the keys of the block.
         values: the same as plain values.
-        launch: how the job is started; stages that start none have the default.
+        launch: how the work is started: `jobs.launch.LaunchConfig`, or `work.WorkConfig` where no job is launched.
     """
 
     config: Any
     values: dict[str, Any]
-    launch: "LaunchConfig"
+    launch: Any
 
 
-def read_block(kind: type, block: Mapping[str, Any], stage: str) -> Stage:
-    """A block as `kind` and a `LaunchConfig`.
+def read_block(kind: type, launch: type, block: Mapping[str, Any], stage: str) -> Stage:
+    """A block as `kind`, its `launch` as that.
 
     Raises:
         ConfigError: a key that nothing reads, or a value of the wrong kind.
     """
-    from blip_pipelines.jobs.launch import LaunchConfig
-
     values = {key: value for key, value in block.items() if key != "launch"}
-    launch = read(LaunchConfig, block.get("launch", {}), f"{stage}.launch")
-    return Stage(read(kind, values, stage), values, launch)
+    return Stage(read(kind, values, stage), values, read(launch, block.get("launch", {}), f"{stage}.launch"))
 
 
 def check_stages(values: Mapping[str, Any]) -> None:

@@ -31,28 +31,11 @@ def render(root: Path) -> str:
     bootstrap_project(root)
     config = OmegaConfigLoader(str(root / "conf"), base_env="base", default_run_env="base")
     catalog, values = config["catalog"], config["parameters"]
-    stages, plots = {}, []
-    for name, pipeline in pipelines.items():
-        if name == "__default__":
-            continue
-        entries = {entry: catalog[entry] for entry in sorted(pipeline.datasets()) if entry in catalog}
-        made = {entry: entries[entry] for entry in sorted(pipeline.all_outputs()) if entry in entries}
-        read = sorted(entries[entry]["filepath"] for entry in entries.keys() - made.keys())
-        outs = [_out(entry) for entry in made.values() if not _options(entry).get("metric")]
-        metrics = [_out(entry) for entry in made.values() if _options(entry).get("metric")]
-        plots += [
-            {**_options(entry)["plot"], "file": entry["filepath"]}
-            for entry in made.values()
-            if "plot" in _options(entry)
-        ]
-        stages[name] = {
-            "cmd": f"kedro run --pipelines {name}",
-            "deps": [*read, "constraints.txt", *_code(root, pipeline, entries.values())],
-            "params": [{f"conf/base/parameters_{name}.yml": list(_parameter_keys(name, values))}],
-            "outs": outs,
-            **({"metrics": metrics} if metrics else {}),
-        }
-    document = {"stages": stages, "plots": [_plot(**plot) for plot in plots]}
+    stages = {name: each for name, each in pipelines.items() if name != "__default__"}
+    document = {
+        "stages": {name: _stage(name, stages[name], catalog, values) for name in stages},
+        "plots": [plot for pipeline in stages.values() for entry in _made(pipeline, catalog) for plot in _plots(entry)],
+    }
     return HEADER + yaml.safe_dump(document, sort_keys=False, width=120)
 
 
@@ -73,6 +56,26 @@ def record(root: Path, stages: Iterable[str]) -> str | None:
     return None
 
 
+def _stage(name: str, pipeline: Any, catalog: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    entries = [catalog[entry] for entry in sorted(pipeline.datasets()) if entry in catalog]
+    read = {catalog[entry].get("filepath") for entry in pipeline.inputs() if entry in catalog}
+    outs = [entry for entry in _made(pipeline, catalog) if not _options(entry).get("metric")]
+    metrics = [entry for entry in _made(pipeline, catalog) if _options(entry).get("metric")]
+    return {
+        "cmd": f"kedro run --pipelines {name}",
+        "deps": [*sorted(read - {None}), "constraints.txt", *_code(pipeline, entries)],
+        "params": [{f"conf/base/parameters_{name}.yml": list(_parameter_keys(name, values))}],
+        "outs": [_out(entry) for entry in outs],
+        **({"metrics": [_out(entry) for entry in metrics]} if metrics else {}),
+    }
+
+
+def _made(pipeline: Any, catalog: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The catalog's entries that the pipeline writes, by path."""
+    entries = [catalog[entry] for entry in pipeline.all_outputs() if entry in catalog]
+    return sorted(entries, key=lambda entry: entry["filepath"])
+
+
 def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
     return entry.get("metadata", {}).get("dvc", {})
 
@@ -82,11 +85,12 @@ def _out(entry: Mapping[str, Any]) -> Any:
     return {entry["filepath"]: flags} if flags else entry["filepath"]
 
 
-def _plot(file: str, title: str, x: str, y: list[str]) -> dict[str, Any]:
-    return {title: {"x": x, "y": {file: y}, "title": title}}
+def _plots(entry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if plot := _options(entry).get("plot"):
+        yield {plot["title"]: {"title": plot["title"], "x": plot["x"], "y": {entry["filepath"]: plot["y"]}}}
 
 
-def _code(root: Path, pipeline: Any, entries: Iterable[Mapping[str, Any]]) -> list[str]:
+def _code(pipeline: Any, entries: Iterable[Mapping[str, Any]]) -> list[str]:
     from blip_pipelines.jobs.closure import closure
 
     modules = {node.func.__module__ for node in pipeline.nodes}
@@ -95,24 +99,24 @@ def _code(root: Path, pipeline: Any, entries: Iterable[Mapping[str, Any]]) -> li
         if "validator" in entry:
             modules.add(entry["validator"]["class"].rpartition(".")[0])
     package = Path(importlib.import_module(__package__.partition(".")[0]).__file__ or "").parent
-    files = (path.relative_to(package).as_posix() for path in closure(sorted(modules)))
+    files = (path.relative_to(package).as_posix() for path in closure(sorted(modules)) if path.stat().st_size)
     return [f"src/{package.name}/{name}" for name in files if name not in WATCHERS]
 
 
 def _parameter_keys(stage: str, values: Mapping[str, Any]) -> Iterator[str]:
     from blip_pipelines.pipelines.parameters import read_stage
 
-    yield from _arithmetic_keys(read_stage(stage, values).config, values[stage], stage)
+    yield from arithmetic_keys(read_stage(stage, values).config, values[stage], stage)
 
 
-def _arithmetic_keys(config: Any, block: Mapping[str, Any], name: str) -> Iterator[str]:
+def arithmetic_keys(config: Any, block: Mapping[str, Any], name: str) -> Iterator[str]:
     """Dotted keys of the block that change results; a sub-block as one key where all of it does."""
     for field in fields(config):
         if field.name not in block or field.metadata.get("speed_only"):
             continue
         value, key = getattr(config, field.name), f"{name}.{field.name}"
         if _has_speed_only(value):
-            yield from _arithmetic_keys(value, block[field.name], key)
+            yield from arithmetic_keys(value, block[field.name], key)
         else:
             yield key
 

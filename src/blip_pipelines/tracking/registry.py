@@ -5,8 +5,11 @@ job. A model folder that is registered already is not registered again; the alia
 """
 
 import logging
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +63,17 @@ def _find(client: Any, name: str, content: str) -> str | None:
 
 def _log(run: runs.Run, name: str, served: Any, model: Path, made_from: Mapping[str, str]) -> str:
     import mlflow
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     mlflow.set_tracking_uri(run.store.uri)
-    with warnings.catch_warnings(), mlflow.start_run(run_id=run.id):
+    with warnings.catch_warnings(), _without_checkpoint(model) as exports, mlflow.start_run(run_id=run.id):
         warnings.simplefilter("ignore")  # MLflow's own, about type hints and integer columns
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logged = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(served.code),
-            artifacts={"model": str(model)},
+            artifacts={"model": str(exports)},
             signature=served.signature(),
             input_example=served.example(),
             pip_requirements=served.requirements(),
@@ -76,6 +81,15 @@ def _log(run: runs.Run, name: str, served: Any, model: Path, made_from: Mapping[
             metadata=dict(made_from),
         )
     return str(logged.registered_model_version)
+
+
+@contextmanager
+def _without_checkpoint(model: Path) -> Iterator[Path]:
+    """The folder less what only training reads, which is most of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        exports = Path(folder) / "model"
+        shutil.copytree(model, exports, ignore=shutil.ignore_patterns("checkpoint", "history.json", "receipt.json"))
+        yield exports
 
 
 def _card(made_from: Mapping[str, str], metrics: Mapping[str, float]) -> str:

@@ -12,8 +12,9 @@ JOB = "blip_pipelines.jobs.evaluate_med"
 
 def read_parameters(block: dict[str, Any]) -> Stage:
     from blip_pipelines.jobs.evaluate_med import Config
+    from blip_pipelines.jobs.launch import LaunchConfig
 
-    return read_block(Config, block, "evaluation")
+    return read_block(Config, LaunchConfig, block, "evaluation")
 
 
 def evaluate_med(

@@ -4,11 +4,12 @@ Both nodes run in the Kedro process and do nothing where the same inputs, parame
 """
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from blip_pipelines.pipelines.launching import Work, run_record
 from blip_pipelines.pipelines.parameters import Stage, read_block
+from blip_pipelines.pipelines.work import Work, WorkConfig, run_record
 
 INGEST = "blip_pipelines.data.ingest"
 CONTRACTS = ("blip_pipelines.data.contracts", "blip_pipelines.data.quality")
@@ -17,7 +18,7 @@ CONTRACTS = ("blip_pipelines.data.contracts", "blip_pipelines.data.quality")
 def read_parameters(block: dict[str, Any]) -> Stage:
     from blip_pipelines.data.ingest import IngestionConfig
 
-    return read_block(IngestionConfig, block, "ingestion")
+    return read_block(IngestionConfig, WorkConfig, block, "ingestion")
 
 
 def ingest(
@@ -33,7 +34,7 @@ def ingest(
         places: where the catalog keeps the outputs of this stage.
 
     Returns:
-        Images, pairs, quarantine and noise, and the run record.
+        Images, pairs, quarantine, noise and the run record.
     """
     from blip_pipelines.config import arithmetic
     from blip_pipelines.data.ingest import DataSet
@@ -48,7 +49,7 @@ def ingest(
         if path.is_file() and not path.name.startswith(".")
     }
     decides = {key: value for key, value in arithmetic(stage.config).items() if key != "contracts"}
-    work = Work.of([INGEST], decides, hashes, stage.launch)
+    work = Work.of([INGEST, __name__], decides, hashes, stage.launch)
     made = DataSet(*(places[key] for key in ("images", "pairs", "quarantine", "noise")))
     receipt = work.find(vars(made))
     if receipt is None:
@@ -60,12 +61,16 @@ def ingest(
 
 
 def check_contracts(
-    pairs: Path, images: Path, places: dict[str, Path], parameters: dict[str, Any]
-) -> tuple[dict[str, str], list[dict[str, Any]], Path]:
+    pairs: Path, images: Path, places: dict[str, Path], record: dict[str, Any], parameters: dict[str, Any]
+) -> tuple[dict[str, str], list[dict[str, Any]], Path, dict[str, Any]]:
     """Judge the data set and leave the Data Docs, also of one that fails.
 
+    Args:
+        record: of `ingest`, to which this adds its seconds.
+
     Returns:
-        The hash of the pairs that passed, without which nothing trains on them; a row for each rule; the docs.
+        The hash of the pairs that passed, without which nothing trains on them; a row for each rule; the docs; the run
+        record of the stage.
 
     Raises:
         ContractError: a rule of severity `error` is broken; names the rule, the count and the first rows.
@@ -77,22 +82,12 @@ def check_contracts(
 
     started, stage = time.monotonic(), read_parameters(parameters)
     hashes = {"pairs": content_hash(pairs), "images": content_hash(images)}
-    work = Work.of(CONTRACTS, arithmetic(stage.config.contracts), hashes, stage.launch)
+    work = Work.of([*CONTRACTS, __name__], arithmetic(stage.config.contracts), hashes, stage.launch)
     docs = {"data_docs": places["data_docs"]}
     receipt = work.find(docs)
     if receipt is None:
         results = check(pairs, summarise(pairs, images), stage.config.contracts, places["data_docs"])
-        rules = [
-            {
-                "rule": result.rule,
-                "severity": result.severity,
-                "success": result.passed,
-                "checked": result.checked,
-                "failed": result.failed,
-                "first_rows": list(result.first_rows),
-                "error": result.error,
-            }
-            for result in results
-        ]
+        rules = [{**asdict(result), "first_rows": list(result.first_rows)} for result in results]
         receipt = work.note(docs, {"rules": rules}, time.monotonic() - started)
-    return {"pairs": hashes["pairs"]}, receipt.facts["rules"], places["data_docs"]
+    record = {**record, "seconds": record["seconds"] + receipt.seconds}
+    return {"pairs": hashes["pairs"]}, receipt.facts["rules"], places["data_docs"], record

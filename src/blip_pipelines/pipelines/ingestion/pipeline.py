@@ -11,13 +11,13 @@ def create_pipeline() -> Pipeline:
             Node(
                 ingest,
                 ["source", "ingestion_places", "params:ingestion"],
-                ["images", "pairs", "quarantine", "noise", "ingestion_run"],
+                ["images", "pairs", "quarantine", "noise", "ingest_record"],
                 name="ingest",
             ),
             Node(
                 check_contracts,
-                ["pairs", "images", "ingestion_places", "params:ingestion"],
-                ["pairs_checked", "contracts", "data_docs"],
+                ["pairs", "images", "ingestion_places", "ingest_record", "params:ingestion"],
+                ["pairs_checked", "contracts", "data_docs", "ingestion_run"],
                 name="check_contracts",
             ),
         ],

@@ -15,9 +15,10 @@ class UncheckedPairsError(RuntimeError):
 
 
 def read_parameters(block: dict[str, Any]) -> Stage:
+    from blip_pipelines.jobs.launch import LaunchConfig
     from blip_pipelines.jobs.med_pretraining import Config
 
-    return read_block(Config, block, "med_pretraining")
+    return read_block(Config, LaunchConfig, block, "med_pretraining")
 
 
 def pretrain(

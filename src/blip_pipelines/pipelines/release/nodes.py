@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blip_pipelines.pipelines.parameters import Stage, read_block
+from blip_pipelines.pipelines.work import WorkConfig
 
 REGISTERED = ("blip-captioner", "blip-retriever")
 
@@ -20,7 +21,7 @@ class Config:
 
 
 def read_parameters(block: dict[str, Any]) -> Stage:
-    return read_block(Config, block, "release")
+    return read_block(Config, WorkConfig, block, "release")
 
 
 def register(
