@@ -62,3 +62,34 @@ def stock_blip2_config(config: QFormerConfig, **parts):
         image_text_hidden_size=config.projection,
         **parts,
     )
+
+
+def vit_folder(folder, *, size: int = 8, layers: int = 2, width: int = 24):
+    """A tiny stock ViT with its image processor."""
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    torch.manual_seed(0)
+    model = ViTModel(
+        ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=size,
+            patch_size=4,
+            layer_norm_eps=1e-6,
+            initializer_range=0.2,
+        )
+    ).eval()
+    with torch.no_grad():  # a norm that leaves a trace
+        model.layernorm.weight.uniform_(0.5, 1.5)
+        model.layernorm.bias.normal_()
+    model.save_pretrained(folder)
+    processor = ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.4] * 3, image_std=[0.3] * 3)
+    processor.save_pretrained(folder)
+    return model
+
+
+def tiny_uint8(batch: int = 3, size: int = 8, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)

@@ -186,18 +186,20 @@ def _save_stock(med: Med, kind: str, folder: Path, label_smoothing: float) -> No
     state = {name: value.clone() for name, value in med.state_dict().items() if name in wanted}
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
-    with _quietly():
+    with quietly():
         model.save_pretrained(folder)
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bar for a file or two."""
-    shown = logging.is_progress_bar_enabled()
+def quietly() -> Iterator[None]:
+    """No progress bar for a file or two, no list of weights that were left aside on purpose."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

@@ -41,6 +41,7 @@ from blip_pipelines.models.packing import Rows
 
 if TYPE_CHECKING:
     from blip_pipelines.data.tokens import CaptionTokenizer
+    from blip_pipelines.models.frozen_tower import FrozenTower
 
 Pair = tuple[Tensor, Tensor]  # keys and values, each (B, H, S, d)
 QUERY_STD = 0.02
@@ -68,6 +69,10 @@ class QFormerConfig:
     def fit(self, tokenizer: "CaptionTokenizer") -> "QFormerConfig":
         """The same sizes with the vocabulary and the special ids of a tokenizer."""
         return replace(self, text=self.text.fit(tokenizer))
+
+    def behind(self, tower: "FrozenTower") -> "QFormerConfig":
+        """The same sizes, reading what a tower gives."""
+        return replace(self, image_width=tower.width, image_norm_eps=tower.norm_eps)
 
     def has_cross_attention(self, layer: int) -> bool:
         return layer % self.cross_attention_every == 0

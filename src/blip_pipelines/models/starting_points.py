@@ -177,16 +177,21 @@ def start_vision(med: Med, weights: Weights) -> Started:
     """
     weights.require_heads("vision", med.config.vision.heads)
     loading = _Loading(med, weights.source, "vision_model.")
-    found = _rename(weights.tensors, VIT_NAMES)
-    for name in [name for name in found if ".self_attn.q." in name]:
-        parts = [found.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
-        found[name.replace(".q.", ".qkv.")] = torch.cat(parts)
-    for name, value in found.items():
+    for name, value in blip_vision_state(weights.tensors).items():
         if name == "embeddings.position_embedding":
             value = resize_positions(value, med.config.vision.patches)
         if _layer(name) < med.config.vision.layers:
             loading.put(f"vision_model.{name}", value)
     return loading.report()
+
+
+def blip_vision_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT's weights by the names of the stock `BlipVisionModel`, which `Blip2VisionModel` shares."""
+    found = _rename(tensors, VIT_NAMES)
+    for name in [name for name in found if ".self_attn.q." in name]:
+        parts = [found.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        found[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    return found
 
 
 @torch.no_grad()
