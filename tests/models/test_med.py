@@ -5,7 +5,7 @@ import torch
 from model_samples import CLS, ENC, stock_config, tiny_config, tiny_med, tiny_pixels, tiny_texts
 
 from blip_pipelines.config import ConfigError
-from blip_pipelines.models.med import Cache, Med, TextConfig
+from blip_pipelines.models.med import Cache, MatchedImages, Med, TextConfig
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,23 @@ def test_selected_images_give_the_logits_of_encoding_them_again(med, image, text
     again = med.project_image(med.encode_image(tiny_pixels()[index]))
     torch.testing.assert_close(med.match_logits(ids, mask, image.select(index)), med.match_logits(ids, mask, again))
     assert len(image.select(index)) == 3
+
+
+def test_matched_images_equal_a_row_for_each_pair(med, image):
+    ids, mask = tiny_texts((5, 7, 4, 6, 7, 3, 4, 5))
+    elsewhere = torch.tensor([2, 0])
+    apart = med.match_logits(ids, mask, image.select(torch.cat([torch.arange(3).repeat_interleave(2), elsewhere])))
+    torch.testing.assert_close(med.match_logits(ids, mask, MatchedImages(image, elsewhere)), apart, rtol=0, atol=1e-5)
+    none_elsewhere = med.match_logits(ids[:6], mask[:6], MatchedImages(image, elsewhere[:0]))
+    torch.testing.assert_close(none_elsewhere, apart[:6], rtol=0, atol=1e-5)
+
+
+def test_texts_of_one_image_may_share_its_row(med, image):
+    ids, mask = tiny_texts((5, 7, 4, 6, 7, 3))
+    with torch.no_grad():
+        found = med.decode_logits(ids, mask, image)
+        apart = med.decode_logits(ids, mask, image.select(torch.arange(3).repeat_interleave(2)))
+    torch.testing.assert_close(found[mask], apart[mask], rtol=0, atol=1e-5)
 
 
 def test_decoding_token_by_token_from_the_cache_equals_decoding_at_once(med, image):

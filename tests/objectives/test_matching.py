@@ -78,7 +78,7 @@ def test_ranks_score_together_what_one_rank_scores_and_each_its_own_images():
 def test_itm_equals_a_plain_float64_version_with_missing_negatives():
     pairs = matching.matching_pairs(torch.tensor([1, 0, NO_NEGATIVE]), torch.tensor([1, 0, NO_NEGATIVE]), 0, 1)
     logits = torch.randn(9, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    labels, counted = [1, 1, 1, 0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 6, 7]
+    labels, counted = [1, 0, 1, 0, 1, 0, 0, 0, 0], [0, 1, 2, 3, 4, 6, 7]
     total = right = 0.0
     for p in counted:
         a, b = logits[p].tolist()

@@ -38,11 +38,11 @@ def is_fused(device: str, dtype: torch.dtype, needs_gradient: bool) -> bool:
 def attend_explicitly(
     query_BHTd: Tensor, key_BHSd: Tensor, value_BHSd: Tensor, visible: Tensor | None, dropout_rate: float
 ) -> Tensor:
-    scores_BHTS = (query_BHTd @ key_BHSd.transpose(-1, -2)) * query_BHTd.shape[-1] ** -0.5
+    scores_BHTS = (query_BHTd * query_BHTd.shape[-1] ** -0.5) @ key_BHSd.transpose(-1, -2)
     if visible is not None:
-        scores_BHTS = torch.where(visible, scores_BHTS, torch.finfo(scores_BHTS.dtype).min)
-    weights_BHTS = softmax(scores_BHTS, -1, dtype=torch.promote_types(scores_BHTS.dtype, torch.float32))
-    return dropout(weights_BHTS.to(value_BHSd.dtype), dropout_rate) @ value_BHSd
+        scores_BHTS = scores_BHTS.masked_fill(~visible, torch.finfo(scores_BHTS.dtype).min)
+    weights_BHTS = softmax(scores_BHTS, -1)  # of half precision too it is computed in float32, and rounded once
+    return dropout(weights_BHTS, dropout_rate) @ value_BHSd
 
 
 def at_least_float32(states: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ V vocabulary, R rows (the words of a batch, see `packing`).
 """
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +85,37 @@ class KeysValues:
         return len(self.layers[0][0]) if self.layers else 0
 
     def select(self, index: Tensor) -> "KeysValues":
-        """Rows gathered by `index` (int64): the images of ITM's pairs, the beams that live on."""
+        """Rows gathered by `index` (int64), such as the beams that live on."""
 
         # In memory a row is (S, H, d); gathered in that order it is one copy, forward and, in SDPA's layout, backward.
         def rows(states_BHSd: Tensor) -> Tensor:
             return states_BHSd.transpose(1, 2).index_select(0, index).transpose(1, 2)
 
         return type(self)([(rows(key), rows(value)) for key, value in self.layers])
+
+    def sources(self, layer: int) -> "list[Source]":
+        return [Source(*self.layers[layer])]
+
+
+class Source(NamedTuple):
+    """Keys and values of B images, (B, H, S, d), for the next `texts` texts (all if None): a run of texts per image."""
+
+    key: Tensor
+    value: Tensor
+    texts: int | None = None
+
+
+class MatchedImages:
+    """The images of ITM's pairs: texts 0 and 1 look at image 0, 2 and 3 at image 1, ..., the rest at images `index`.
+
+    A copy of an image's keys and values for each of its texts would be the largest tensor of a step.
+    """
+
+    def __init__(self, image: KeysValues, index: Tensor):
+        self.image, self.others = image, image.select(index)
+
+    def sources(self, layer: int) -> list[Source]:
+        return [Source(*self.image.layers[layer], 2 * len(self.image)), *self.others.sources(layer)]
 
 
 class Cache(KeysValues):
@@ -150,7 +174,7 @@ class Med(nn.Module):
         """Cross-attention keys and values of every layer, for the encoder and the decoder alike."""
         return KeysValues([layer.crossattention.keys_values(image_BND) for layer in self.text_encoder.layers])
 
-    def match_logits(self, token_ids_BT: Tensor, token_mask_BT: Tensor, image: KeysValues) -> Tensor:
+    def match_logits(self, token_ids_BT: Tensor, token_mask_BT: Tensor, image: KeysValues | MatchedImages) -> Tensor:
         """(B, 2) float32 logits of not matching and matching; puts [ENC] at position 0 itself."""
         token_ids_BT = with_first(token_ids_BT, self.config.text.enc_id)
         rows = Rows.of(token_ids_BT, token_mask_BT)
@@ -163,6 +187,7 @@ class Med(nn.Module):
         """(B, T, D) decoder states, of no meaning where there is padding; puts [DEC] at position 0 itself.
 
         Args:
+            image: a row for each text, or for each run of as many texts, such as the beams of an image.
             token_mask_BS: bool, of the cached tokens and these; None if all of them are words.
             cache: of the tokens before these; this call adds these.
         """
@@ -210,7 +235,7 @@ class TextTransformer(nn.Module):
         token_ids_BT: Tensor,
         rows: Rows,
         visible: Tensor,
-        image: KeysValues | None = None,
+        image: KeysValues | MatchedImages | None = None,
         first_only: bool = False,
         cache: Cache | None = None,
     ) -> Tensor:
@@ -218,7 +243,7 @@ class TextTransformer(nn.Module):
         hidden_RD = self.embeddings(token_ids_BT, rows, cache.length if cache else 0)
         layers = self.layers
         for index, layer in enumerate(layers):
-            seen = image.layers[index] if image else None
+            seen = image.sources(index) if image else None
             past = (cache, index) if cache is not None else None
             inputs = (hidden_RD, rows, visible, seen, first_only and index == len(layers) - 1, past)
             if self.config.checkpoint_activations and torch.is_grad_enabled():
@@ -272,7 +297,7 @@ class TextLayer(nn.Module):
         hidden_RD: Tensor,
         rows: Rows,
         visible: Tensor,
-        image: tuple[Tensor, Tensor] | None,
+        image: list[Source] | None,
         first_only: bool,
         past: tuple[Cache, int] | None,
     ) -> Tensor:
@@ -282,9 +307,9 @@ class TextLayer(nn.Module):
             key_BHSd, value_BHSd = cache.extend(index, key_BHSd, value_BHSd)
         if first_only:
             hidden_RD, visible, rows = rows.first(hidden_RD), visible[..., :1, :], Rows(rows.batch, 1)
-        hidden_RD = self.attention(hidden_RD, rows, key_BHSd, value_BHSd, visible)
+        hidden_RD = self.attention(hidden_RD, rows, [Source(key_BHSd, value_BHSd)], visible)
         if image:
-            hidden_RD = self.crossattention(hidden_RD, rows, *image)
+            hidden_RD = self.crossattention(hidden_RD, rows, image)
         return self.output(self.intermediate(hidden_RD), hidden_RD)
 
 
@@ -311,13 +336,21 @@ class TextAttention(nn.Module):
         """Both (B, H, S, d), of (B, S, D) states or of rows."""
         return self._split(self.self.key(source), rows), self._split(self.self.value(source), rows)
 
-    def forward(
-        self, hidden_RD: Tensor, rows: Rows, key_BHSd: Tensor, value_BHSd: Tensor, visible: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden_RD: Tensor, rows: Rows, sources: list[Source], visible: Tensor | None = None) -> Tensor:
+        """The residual stream after attending; texts that share a row of a source are one longer row of queries."""
         query_BHTd = self._split(self.self.query(hidden_RD), rows)
         dropout_rate = self.dropout if self.training else 0.0
-        mixed_BHTd = attend(query_BHTd, key_BHSd, value_BHSd, visible, dropout_rate)
-        return self.output(rows.pack(mixed_BHTd.transpose(1, 2).flatten(2)), hidden_RD)
+        mixed, start = [], 0
+        for key, value, texts in sources:
+            stop = len(query_BHTd) if texts is None else start + texts
+            if start == stop:  # on some ranks no text is drawn to any image
+                continue
+            shared = query_BHTd[start:stop].unflatten(0, (len(key), -1)).transpose(1, 2)  # images, H, run, T, d
+            read = attend(shared.flatten(2, 3), key, value, visible, dropout_rate).unflatten(2, shared.shape[2:4])
+            mixed.append(read.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1))
+            start = stop
+        mixed_BTD = torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+        return self.output(rows.pack(mixed_BTD), hidden_RD)
 
     def _split(self, states: Tensor, rows: Rows | None) -> Tensor:
         return (rows.unpack(states) if rows else states).unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -53,7 +53,7 @@ def hard_negatives(similarity_BG: Tensor, forbidden_BG: Tensor, draw_B: Tensor, 
 
 
 class MatchingPairs(NamedTuple):
-    """The pairs this rank scores."""
+    """The pairs this rank scores: two for each of its images, in order, then the texts drawn to them."""
 
     image: Tensor  # (P,) int64, row among this rank's images
     text: Tensor  # (P,) int64, row of the global micro-batch
@@ -63,7 +63,7 @@ class MatchingPairs(NamedTuple):
 
 
 def matching_pairs(text_of_image_B: Tensor, image_of_text_G: Tensor, rank: int, ranks: int) -> MatchingPairs:
-    """The own pairs, the own images with their negative texts, and the global texts whose negative image is here.
+    """Each own image with its text and with its negative text, then the global texts whose negative image is here.
 
     A row without an allowed negative gives none, neither as image nor as text; the total is smaller by 2 for it.
 
@@ -79,12 +79,14 @@ def matching_pairs(text_of_image_B: Tensor, image_of_text_G: Tensor, rank: int, 
         text_here = (image_of_text_G.div(len(own_B), rounding_mode="floor") == rank).nonzero()[:, 0]
     image_here = image_of_text_G[text_here]
     matches_P = torch.zeros(2 * len(own_B) + len(text_here), dtype=torch.int64, device=own_B.device)
-    matches_P[: len(own_B)] = 1
+    matches_P[: 2 * len(own_B) : 2] = 1
+    texts_B2 = torch.stack([own_B + first, text_of_image_B.clamp(min=0)], 1)
+    counts_B2 = torch.stack([torch.ones_like(own_B, dtype=torch.bool), text_of_image_B >= 0], 1)
     return MatchingPairs(
-        image=torch.cat([own_B, own_B, (image_here - first).clamp(min=0)]),
-        text=torch.cat([own_B + first, text_of_image_B.clamp(min=0), text_here]),
+        image=torch.cat([own_B.repeat_interleave(2), (image_here - first).clamp(min=0)]),
+        text=torch.cat([texts_B2.flatten(), text_here]),
         matches=matches_P,
-        counts=torch.cat([torch.ones_like(own_B, dtype=torch.bool), text_of_image_B >= 0, image_here >= 0]),
+        counts=torch.cat([counts_B2.flatten(), image_here >= 0]),
         total=3 * len(image_of_text_G) - 2 * (image_of_text_G < 0).sum(),
     )
 

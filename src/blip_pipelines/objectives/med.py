@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.loader import Batch
-from blip_pipelines.models.med import KeysValues, Med
+from blip_pipelines.models.med import KeysValues, MatchedImages, Med
 from blip_pipelines.objectives import contrastive, draws, language_modelling, matching
 from blip_pipelines.objectives.contrastive import Candidates, Ranks
 from blip_pipelines.objectives.momentum import MomentumEncoder, Queue
@@ -187,7 +187,8 @@ class MedPretraining(nn.Module):
         pairs = matching.matching_pairs(text_of_image_B, image_of_text_G, self.ranks.rank, self.ranks.ranks)
         token_ids_PT = self.ranks.gather(batch.token_ids)[pairs.text]
         token_mask_PT = self.ranks.gather(batch.token_mask)[pairs.text]
-        logits_P2 = self.model.match_logits(token_ids_PT, token_mask_PT, image.select(pairs.image))
+        images = MatchedImages(image, pairs.image[2 * len(batch.rows) :])
+        logits_P2 = self.model.match_logits(token_ids_PT, token_mask_PT, images)
         loss, accuracy = matching.itm_share(logits_P2, pairs)
         shares["itm"], shares["itm_accuracy"] = loss / self.accumulation, accuracy / self.accumulation
 
