@@ -129,7 +129,7 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
             parts.tokenizer,
             asdict(settings.image),
             stem=parts.stem,
-            temperature=float(task.temperature),
+            temperature=task.temperature.item(),
             label_smoothing=objective.label_smoothing,
         )
         checkpoint.copy_newest(work / CHECKPOINTS, outputs / "checkpoint")

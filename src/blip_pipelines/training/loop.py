@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class TrainingConfig:
         accumulation: micro-steps of an optimizer step; ITC's candidates are those of one micro-step.
         precision: of the matrix products under autocast; parameters and losses are float32.
         clip_norm: largest norm of the gradient; 0 does not clip.
+        compile: the layers; a resumed run may then compile for other shapes and be equal to rounding only.
         history_every_steps: losses kept for the curves.
         log_every_steps: losses are read from the device this often.
         peak_flops: of the device, for MFU; measured at the start if not given.
@@ -205,11 +206,15 @@ def train_step(
 
 
 def wrap(task: nn.Module, config: TrainingConfig, world: World) -> nn.Module:
-    """The task as the step calls it: compiled by config, its gradients averaged where there are several ranks."""
-    module = cast(nn.Module, torch.compile(task)) if config.compile else task
+    """The task as the step calls it: layers compiled by config, gradients averaged where there are several ranks."""
+    if config.compile:
+        # Each layer of each stack: alike layers share one compilation, and what depends on the step stays outside.
+        for stack in [module for module in task.modules() if isinstance(module, nn.ModuleList)]:
+            for layer in stack:
+                layer.compile()
     if world.ranks == 1:
-        return module
-    parallel = DistributedDataParallel(_Started(module, task), forward_sync_buffers=False, gradient_as_bucket_view=True)
+        return task
+    parallel = DistributedDataParallel(_Started(task), forward_sync_buffers=False, gradient_as_bucket_view=True)
     # DDP lays its buckets out anew after the first backward. A resumed run would do its first step in the old layout,
     # and with more than two ranks the sums round by layout: so the first backward is an empty one, in every run.
     parallel(None, 0)["loss"].backward()
@@ -220,15 +225,15 @@ def wrap(task: nn.Module, config: TrainingConfig, world: World) -> nn.Module:
 class _Started(nn.Module):
     """The task, which answers None with a loss that touches every parameter and is zero."""
 
-    def __init__(self, module: nn.Module, task: nn.Module):
+    def __init__(self, task: nn.Module):
         super().__init__()
-        self.module = module
+        self.task = task
         self.trainable = [parameter for parameter in task.parameters() if parameter.requires_grad]
 
     def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
         if batch is None:
             return {"loss": torch.stack([parameter.sum() * 0 for parameter in self.trainable]).sum()}
-        return self.module(batch, step)
+        return self.task(batch, step)
 
 
 class _Pending:
