@@ -1,10 +1,12 @@
 """A source → images, written once; captions, in a table; what was refused; whether the contracts hold.
 
-Both nodes run in the Kedro process and do nothing where the same inputs, parameters and code made what lies there.
+The nodes run in the Kedro process and do nothing where the same inputs, parameters and code made what lies there.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +93,11 @@ def check_contracts(
         receipt = work.note(docs, {"rules": rules}, time.monotonic() - started)
     record = {**record, "seconds": record["seconds"] + receipt.seconds}
     return {"pairs": hashes["pairs"]}, receipt.facts["rules"], places["data_docs"], record
+
+
+def show_samples(pairs: Path, images: Path) -> Callable[[Path], None]:
+    """A picture of some training rows, as what writes it."""
+    from blip_pipelines.data.contact_sheet import contact_sheet
+    from blip_pipelines.data.storage import write_atomic
+
+    return partial(write_atomic, content=contact_sheet(pairs, images))

@@ -2,7 +2,7 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from blip_pipelines.pipelines.ingestion.nodes import check_contracts, ingest
+from blip_pipelines.pipelines.ingestion.nodes import check_contracts, ingest, show_samples
 
 
 def create_pipeline() -> Pipeline:
@@ -20,6 +20,7 @@ def create_pipeline() -> Pipeline:
                 ["pairs_checked", "contracts", "data_docs", "ingestion_run"],
                 name="check_contracts",
             ),
+            Node(show_samples, ["pairs", "images"], "samples", name="show_samples"),
         ],
         tags="ingestion",
     )
