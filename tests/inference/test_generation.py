@@ -159,7 +159,7 @@ def test_finished_captions_leave_the_batch(strategy, monkeypatch):
 
     def counted(self, token_ids, mask, image, cache=None):
         rows.append(len(token_ids))
-        assert len(image) == len(token_ids)
+        assert len(token_ids) == (3 if strategy == "beam" and cache.length else 1) * len(image)
         return decode_hidden(self, token_ids, mask, image, cache)
 
     monkeypatch.setattr(Med, "decode_hidden", counted)
@@ -169,6 +169,16 @@ def test_finished_captions_leave_the_batch(strategy, monkeypatch):
     if strategy != "beam":  # every row pays for its own tokens only
         assert sum(rows) == int(found.tokens.sum())
     assert rows[-1] < max(rows)
+
+
+def test_beam_search_ends_once_no_other_caption_can_win(monkeypatch):
+    med, pixels, steps = chatty_med(), tiny_pixels(1), []
+    with torch.no_grad():
+        med.text_decoder.cls["predictions"].bias[SEP] += 30  # the first caption that may end is by far the best
+    decode_hidden = Med.decode_hidden
+    monkeypatch.setattr(Med, "decode_hidden", lambda self, *rest: steps.append(1) or decode_hidden(self, *rest))
+    found = write(med, pixels, GenerationConfig(min_tokens=4, max_tokens=12))
+    assert (len(steps), found.tokens.tolist()) == (4, [4])
 
 
 def test_nucleus_keeps_the_smallest_set_that_holds_top_p():

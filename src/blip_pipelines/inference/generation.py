@@ -190,7 +190,8 @@ def _beam_search(med: Med, image: KeysValues, start_BT: Tensor, config: Generati
     """Ids (B, L) and log-probability (B,) of each image's best hypothesis.
 
     An image keeps K running and K finished hypotheses. It is done when no running one, at its present length, beats
-    the worst of K finished ones (the stock rule with early_stopping False): a later step cannot change it any more.
+    the worst of K finished ones (the stock rule with early_stopping False), or when none can come to beat the best
+    one at any length: scores only fall, so further steps, which the stock rule would take, change nothing.
     """
     text, beams, prompt_tokens = med.config.text, config.beams, start_BT.shape[1]
     batch, device = len(start_BT), start_BT.device
@@ -206,7 +207,7 @@ def _beam_search(med: Med, image: KeysValues, start_BT: Tensor, config: Generati
     cache = Cache()
     hidden_AD = med.decode_hidden(start_BT, None, image, cache)[:, -1]
     every_beam = alive_A.repeat_interleave(beams)
-    hidden_AD, image, cache = hidden_AD[every_beam], image.select(every_beam), _kept(cache, every_beam)
+    hidden_AD, cache = hidden_AD[every_beam], _kept(cache, every_beam)
     for length in range(prompt_tokens, config.max_tokens):
         log_probability_AV = med.lm_head(hidden_AD).float().log_softmax(-1)
         seen_AT = running.token_ids[:, :, :length].flatten(0, 1)
@@ -224,8 +225,10 @@ def _beam_search(med: Med, image: KeysValues, start_BT: Tensor, config: Generati
         finished = finished.merge(continued.with_score(final_AC.masked_fill(~is_final_AC, -torch.inf)))
         finished = finished.select(finished.score.topk(beams).indices)
 
-        reachable_A = running.score[:, 0] / (length + 1 - prompt_tokens) ** config.length_penalty
-        is_done_A = (reachable_A <= finished.score[:, -1]) | (length + 1 == config.max_tokens)
+        written, most = length + 1 - prompt_tokens, config.max_tokens - prompt_tokens
+        reachable_A = running.score[:, 0] / written**config.length_penalty
+        bound_A = running.score[:, 0] / (most if config.length_penalty > 0 else written) ** config.length_penalty
+        is_done_A = (reachable_A <= finished.score[:, -1]) | (bound_A <= finished.score[:, 0]) | (written == most)
         result_BL[alive_A[is_done_A]] = finished.token_ids[is_done_A, 0]
         result_log_probability_B[alive_A[is_done_A]] = finished.log_probability[is_done_A, 0]
         going = (~is_done_A).nonzero()[:, 0]
@@ -233,8 +236,8 @@ def _beam_search(med: Med, image: KeysValues, start_BT: Tensor, config: Generati
             break
         rows = (torch.arange(len(alive_A), device=device)[:, None] * beams + parent_AK)[going].flatten()
         if len(going) < len(alive_A):
-            image = image.select((going[:, None] * beams + torch.arange(beams, device=device)).flatten())
-            alive_A, running, finished = alive_A[going], running.rows(going), finished.rows(going)
+            alive_A, image = alive_A[going], image.select(going)
+            running, finished = running.rows(going), finished.rows(going)
         cache = _kept(cache, rows)
         hidden_AD = med.decode_hidden(running.token_ids[:, :, length].reshape(-1, 1), None, image, cache)[:, -1]
     return result_BL, result_log_probability_B
