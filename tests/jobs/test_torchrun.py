@@ -116,13 +116,18 @@ def test_killed_at_any_moment_the_next_launch_ends_with_the_same_bits(
     assert outputs(start(tmp_path / "work", 1, mode="inline" if victim == "agent" else "torchrun")) == alone
 
 
-def test_sigterm_to_the_launcher_saves_at_the_end_of_a_step(tmp_path: Path, alone: dict[str, bytes]) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGTERM, "JobStopped: SIGTERM"), (signal.SIGINT, "KeyboardInterrupt")]
+)
+def test_launcher_told_to_stop_saves_at_the_end_of_a_step(
+    tmp_path: Path, alone: dict[str, bytes], number: int, said: str
+) -> None:
     stand_in = StandIn(tmp_path / "work")
     stand_in.wait_for_checkpoint()
     family = stand_in.family()
-    stand_in.process.terminate()
-    assert stand_in.process.wait(30) == 1
-    assert "JobStopped: SIGTERM" in stand_in.errors.read_text()
+    stand_in.process.send_signal(number)
+    assert stand_in.process.wait(30) != 0
+    assert said in stand_in.errors.read_text()
     assert all_gone(family)
     log = next((tmp_path / "work").glob("*/log.txt")).read_text()
     stopped = int(log.partition("stopped by SIGTERM after step ")[2].split()[0])

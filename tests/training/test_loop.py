@@ -154,6 +154,13 @@ def test_loss_that_is_not_finite_names_its_step_and_is_never_saved(tmp_path: Pat
     assert checkpoint.checkpoints(tmp_path / "checkpoints")[0].name == "00000004"
 
 
+def test_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        run(tmp_path, until=5, fingerprint="a")
+    with pytest.raises(checkpoint.CheckpointError, match="other parameters or data"):
+        run(tmp_path, fingerprint="b")
+
+
 def test_random_state_and_determinism_outside_are_left_alone(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

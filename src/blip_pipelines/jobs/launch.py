@@ -9,6 +9,7 @@ import fcntl
 import importlib
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,11 +99,11 @@ def launch(
     files = closure([job, torchrun.WORKER] if job.partition(".")[0] == __name__.partition(".")[0] else job)
     code, root = code_hash(files), Path(launch.work)
     tail = _Tail(root / name, on_history)
-    if not launch.force and (found := receipts.find(root, name, code)):
-        logger.info("%s: nothing changed, taking %s", job, found.folder)
-        tail.send(found.folder)
-        return found
     with _lock(root, name) as lock:
+        if not launch.force and (found := receipts.find(root, name, code)):
+            logger.info("%s: nothing changed, taking %s", job, found.folder)
+            tail.send(found.folder)
+            return found
         work = root / name
         description = {
             "job": job,
@@ -140,7 +141,8 @@ def _run(description: dict[str, Any], work: Path, launch: LaunchConfig, lock: in
         else:
             job_file = work / "job.json"
             if launch.nodes > 1:
-                elsewhere = " ".join(torchrun.command(launch, processes, job_file.resolve()))
+                variables = [f"{name}={value}" for name, value in torchrun.environment(threads).items()]
+                elsewhere = shlex.join(["env", *variables, *torchrun.command(launch, processes, job_file.resolve())])
                 logger.info("on the other nodes: %s", elsewhere.replace("is_host=true", "is_host=false"))
             torchrun.run(job_file, launch, processes, threads, lock, poll)
     finally:
@@ -173,7 +175,7 @@ def _admit(work: Path, description: dict[str, Any], launch: LaunchConfig) -> Non
         shutil.rmtree(work, ignore_errors=True)
     if not (work / "job.json").exists():
         return
-    if not (work / CHECKPOINTS).exists() and not (work / OUTPUTS / RECEIPT).exists():
+    if not [*(work / CHECKPOINTS).glob("[!.]*")] and not (work / OUTPUTS / RECEIPT).exists():
         return  # nothing to go on from
     changed = changed_files(read_json(work / "job.json")["code"], description["code"])
     if changed and launch.resume == "strict":
@@ -205,7 +207,7 @@ class _Tail:
 def _lock(root: Path, name: str) -> Iterator[int]:
     """A file descriptor that holds the lock on this piece of work; the agent of a job keeps it too."""
     root.mkdir(parents=True, exist_ok=True)
-    path = root / f"{name}.lock"
+    path = root / f"{name}{receipts.LOCK}"
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         deadline = time.monotonic() + LOCK_SECONDS

@@ -18,6 +18,7 @@ from blip_pipelines.data.storage import read_json, sha256, sha256_file, write_js
 RECEIPT = "receipt.json"
 OUTPUTS = "out"
 INDEX = "index"
+LOCK = ".lock"
 VERSIONS = ("torch", "transformers", "numpy", "pillow")
 
 
@@ -92,6 +93,7 @@ def published(receipt: Receipt, final: Path) -> None:
     }
     write_json(root / INDEX / f"{receipt.fingerprint}.json", entry)
     shutil.rmtree(work, ignore_errors=True)
+    (root / f"{receipt.fingerprint}{LOCK}").unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

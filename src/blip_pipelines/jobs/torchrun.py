@@ -28,6 +28,7 @@ FAILURES = "failures"  # folder in the work folder, a file a rank
 LOG = "log.txt"
 STOPPED = 128 + signal.SIGTERM  # exit status of who saved and stopped because it was told to
 POLL_SECONDS = 2.0
+OURS = ("OMP_NUM_THREADS", "PYTHONPATH")  # decided by the parameters, whatever is set outside
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,10 @@ class JobFailed(RuntimeError):
 
 class JobStopped(RuntimeError):
     """A job that was told to stop: it has saved, and the same command goes on from there."""
+
+
+class Terminated(BaseException):
+    """SIGTERM came to the launcher."""
 
 
 def die_with_parent() -> None:
@@ -72,24 +77,21 @@ def command(launch: "LaunchConfig", processes: int, job_file: Path) -> list[str]
 
 
 def environment(threads: int) -> dict[str, str]:
-    """What the workers find in their environment before they start; all of it can be overridden from outside."""
-    fixed = {
+    """What the workers of every node find in their environment before they start."""
+    own = [
+        str(Path(path).absolute()) for path in sys.path if path and not path.startswith((sys.prefix, sys.base_prefix))
+    ]
+    wanted = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_DYNAMIC": "FALSE",  # a library that picks its own number of threads rounds differently
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TOKENIZERS_PARALLELISM": "false",
         # Or a restarted worker may read the addresses of the attempt before (pytorch issue 135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    own = {
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # workers import what the launcher imports
-        PARENT: str(os.getpid()),
-        RELAY: "0.5" if Progress().on_terminal else "30",
+        "PYTHONPATH": os.pathsep.join(own),  # workers import what the launcher imports
     }
-    outside = {**os.environ}
-    outside.pop("OMP_NUM_THREADS", None)  # threads_per_rank decides
-    return {**fixed, **outside, **own}
+    return {name: value if name in OURS else os.environ.get(name, value) for name, value in wanted.items()}
 
 
 def run(
@@ -109,6 +111,7 @@ def run(
     work = job_file.parent
     for old in (work / FAILURES).glob("*.json"):
         old.unlink()
+    here = {PARENT: str(os.getpid()), RELAY: "0.5" if Progress().on_terminal else "30"}
     with (work / LOG).open("a") as log:
         process = subprocess.Popen(
             command(launch, processes, job_file),
@@ -116,7 +119,7 @@ def run(
             stderr=log,
             text=True,
             errors="replace",
-            env=environment(threads),
+            env={**os.environ, **environment(threads), **here},
             pass_fds=(lock,),
             start_new_session=True,  # Ctrl-C comes here, and from here to the workers as SIGTERM
         )
@@ -131,10 +134,6 @@ def run(
             reader.join(timeout=10)
     if process.returncode:
         raise explain(work, process.returncode)
-
-
-class Terminated(BaseException):
-    """SIGTERM came to the launcher."""
 
 
 def _wait(process: subprocess.Popen[str], poll: Callable[[], None]) -> None:

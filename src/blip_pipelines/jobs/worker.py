@@ -38,10 +38,8 @@ def perform(job: dict[str, Any], work: Path, world: "World") -> None:
 def main(job_file: Path) -> int:
     torchrun.die_with_parent()
     rank = int(os.environ.get("RANK", "0"))
-    # Standard output is what the person sees; standard error goes to the log file.
+    # Standard output is what the person sees; standard error, warnings among it, goes to the log file.
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, stream=sys.stdout, format="%(message)s")
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").setLevel(logging.ERROR)
     try:
         from blip_pipelines.training import distributed
         from blip_pipelines.training.loop import Stopped

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blip_pipelines.config import ConfigError, speed_only
 from blip_pipelines.data.storage import write_json
 from blip_pipelines.training import checkpoint
-from blip_pipelines.training.checkpoint import Rows
+from blip_pipelines.training.checkpoint import CheckpointError, Rows
 from blip_pipelines.training.distributed import World
 from blip_pipelines.training.meter import Meter, measure_peak_flops
 from blip_pipelines.training.optimizer import OptimizerConfig, learning_rate, make_adamw, set_learning_rate
@@ -117,7 +118,8 @@ def train(
         folder = work / CHECKPOINTS
         facts = {
             **{"fingerprint": fingerprint, "ranks": world.ranks, "threads": torch.get_num_threads()},
-            **{"torch": torch.__version__, "frozen": checkpoint.frozen_hashes(task)},
+            **{name: metadata.version(name) for name in ("torch", "transformers")},
+            "frozen": checkpoint.frozen_hashes(task),
         }
         start, history, flops = _resume(folder, task, optimizer, facts, world)
         wrapped = wrap(task, config, world)
@@ -169,7 +171,7 @@ def train(
         else:
             if start < config.steps:
                 raise TrainingError(
-                    f"the batches ended after step {done} of {config.steps}; the loader goes on for ever"
+                    f"the batches ended after step {done} of {config.steps}; `batches_from` gives too few"
                 )
         task.eval()
         return history
@@ -315,9 +317,11 @@ def _resume(
     if found is None:
         return 0, [], None
     state, history = checkpoint.load(found, task, optimizer)
+    if state["fingerprint"] != facts["fingerprint"]:
+        raise CheckpointError(f"{found}: of other parameters or data than this run; remove {folder}")
     if world.is_first:
         logger.info("going on from step %d", state["step"])
-        for name in ("torch", "ranks", "threads"):
+        for name in ("torch", "transformers", "ranks", "threads"):
             if state[name] != facts[name]:
                 logger.warning(
                     "%s was %s and is %s: the result is equal to rounding, not bit for bit",
