@@ -1,0 +1,28 @@
+"""`python -m benchmarks [med_step] [loader]`: run the named benchmarks, or all, and keep their results."""
+
+import argparse
+import importlib
+import sys
+
+import torch
+
+NAMES = ("med_step", "loader")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(NAMES)}; all if none is given")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--rounds", type=int, default=15, help="of which the median is taken")
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        if name not in NAMES:
+            parser.error(f"{name} is not one of {', '.join(NAMES)}")
+    torch.set_num_threads(arguments.threads)
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    for name in arguments.names or NAMES:
+        print(importlib.import_module(f"benchmarks.{name}").main(command, arguments.rounds))
+
+
+if __name__ == "__main__":
+    main()

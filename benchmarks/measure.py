@@ -1,0 +1,117 @@
+"""How things are measured: variants take turns, medians are compared, the machine's peak is taken in the same run."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip_pipelines.data.storage import write_atomic, write_json
+
+RESULTS = Path(__file__).parent / "results"
+GEMM_SIZE = 2048
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, limit_seconds: float = 120.0
+) -> dict[str, dict[str, Any]]:
+    """Median seconds of each variant; they take turns, and who goes first alternates, so a slow spell hits all alike.
+
+    Args:
+        limit_seconds: of all rounds together; fewer rounds are run where it is reached, at least 3.
+
+    Returns:
+        By variant `seconds` and `cpu_seconds` (of all threads), medians, and `rounds`, each round's seconds. On a
+        machine that is shared with other work only `cpu_seconds` of a single thread is worth a comparison.
+    """
+    for run in variants.values():
+        for _ in range(warmup):
+            run()
+    wall: dict[str, list[float]] = {name: [] for name in variants}
+    cpu: dict[str, list[float]] = {name: [] for name in variants}
+    started = time.perf_counter()
+    for index in range(rounds):
+        if index >= 3 and time.perf_counter() - started > limit_seconds:
+            break
+        names = list(variants) if index % 2 == 0 else list(variants)[::-1]
+        for name in names:
+            before, before_cpu = time.perf_counter(), time.process_time()
+            variants[name]()
+            cpu[name].append(time.process_time() - before_cpu)
+            wall[name].append(time.perf_counter() - before)
+    return {
+        name: {
+            "seconds": statistics.median(wall[name]),
+            "cpu_seconds": statistics.median(cpu[name]),
+            "rounds": [round(seconds, 5) for seconds in wall[name]],
+        }
+        for name in variants
+    }
+
+
+def gemm_peak(dtype: torch.dtype, rounds: int = 10) -> float:
+    """FLOP/s of a square matrix product: the best of several, as nothing goes faster than the machine."""
+    a = torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype)
+    b = torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype)
+    best = float("inf")
+    for _ in range(rounds):
+        before = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - before)
+    return 2 * GEMM_SIZE**3 / best
+
+
+def circumstances(command: str) -> dict[str, Any]:
+    """What the figures depend on: hardware, load, threads, versions, the command."""
+    return {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_at_start": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "pillow")},
+    }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        flags = next(line.split(":", 1)[1].split() for line in lines if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{name} ({', '.join(known)})"
+
+
+def write(name: str, found: dict[str, Any], heads: list[str], rows: list[list[str]], reading: str) -> str:
+    """Keep a result as JSON and as a page with its table; returns the page."""
+    about = found["circumstances"]
+    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+    page = "\n".join(
+        [
+            f"# {name}",
+            "",
+            reading,
+            "",
+            f"| {' | '.join(heads)} |",
+            f"|{'---|' * len(heads)}",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            f"{about['date']}; {about['processor']}, {about['cores']} cores, {about['threads']} threads, load "
+            f"{about['load_at_start']} at the start; {about['system']}; {versions}.",
+            f"Command: `{about['command']}`",
+            "",
+        ]
+    )
+    write_json(RESULTS / f"{name}.json", found)
+    write_atomic(RESULTS / f"{name}.md", page)
+    return page
