@@ -50,6 +50,7 @@ class Project:
             training={"steps": 2, "batch_samples_global": 8, "precision": "float32"},
             launch={"mode": "inline"},
         )
+        self.edit("evaluation", subsets=["all"], bootstrap_draws=100)
 
     def photo(self, number: int) -> Path:
         return self.root / "data" / "01_raw" / "photos" / f"{number}.png"

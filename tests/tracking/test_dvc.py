@@ -96,3 +96,8 @@ def test_kedro_run_leaves_dvc_nothing_to_do_and_dvc_reruns_what_a_change_touches
     assert changed(project) == {"ingestion", "med_pretraining"}
     assert repro(project) == {"ingestion", "med_pretraining"}
     assert changed(project) == set() and repro(project) == set()
+
+
+def test_tracked_parameters_are_plain_yaml_which_dvc_can_edit():
+    for path in (ROOT / "conf" / "base").glob("parameters*.yml"):
+        assert "${" not in path.read_text("utf-8"), f"{path}: interpolation belongs into the catalog"
