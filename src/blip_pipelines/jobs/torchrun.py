@@ -88,6 +88,9 @@ def environment(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         # Or a restarted worker may read the addresses of the attempt before (pytorch issue 135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # glibc gives every large tensor back to the system and faults it in anew: up to half of a step on a CPU.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(own),  # workers import what the launcher imports
     }
