@@ -182,6 +182,11 @@ def test_ranks_of_many_images_equal_a_plain_sort():
         assert sorted(i for i in mine if kept[i]) == sorted(best)
 
 
+def compose_in(folder, rule=RuleConfig(), name="out"):  # noqa: B008
+    out = folder / name
+    return compose(folder / "pairs", folder / "judged", rule, 1, out / "pairs", out / "decided")
+
+
 @pytest.fixture
 def judged_set(tmp_path):
     """Two shards, the second with images of its own and nothing from the web."""
@@ -192,7 +197,7 @@ def judged_set(tmp_path):
 
 
 def test_rows_in_are_rows_kept_and_rows_dropped(judged_set):
-    counts = compose(judged_set / "pairs", judged_set / "judged", RuleConfig(), judged_set / "out", 1)
+    counts = compose_in(judged_set)
     expected = {"unchanged": 4, "web_kept": 2, "web_dropped": 1, "synthetic_kept": 1, "synthetic_dropped": 2}
     assert counts == expected
     assert sum(counts.values()) == len(TABLE) + 2 + 3  # all rows of the table and three synthetic ones
@@ -210,7 +215,7 @@ def test_another_threshold_composes_from_the_same_judged_captions(judged_set):
     sizes = []
     for number, threshold in enumerate((0.05, 0.5, 0.95)):
         out = judged_set / f"out{number}"
-        compose(judged_set / "pairs", judged_set / "judged", RuleConfig(web_threshold=threshold), out, 1)
+        compose_in(judged_set, RuleConfig(web_threshold=threshold), out.name)
         sizes.append(len(Pairs.open(out / "pairs").select(origins=["web"], split="train")))
     assert sizes == [3, 2, 0]
     assert (judged_set / "judged" / "00000.parquet").read_bytes() == before
@@ -218,7 +223,7 @@ def test_another_threshold_composes_from_the_same_judged_captions(judged_set):
 
 def test_composing_twice_gives_the_same_bytes(judged_set):
     for name in ("one", "two"):
-        compose(judged_set / "pairs", judged_set / "judged", RuleConfig(), judged_set / name, 1)
+        compose_in(judged_set, name=name)
     assert Pairs.open(judged_set / "one" / "pairs").hash == Pairs.open(judged_set / "two" / "pairs").hash
 
 
@@ -226,4 +231,4 @@ def test_a_damaged_judged_shard_is_refused_by_name(judged_set):
     path = judged_set / "judged" / "00000.parquet"
     pq.write_table(JUDGED.slice(0, 5), path)
     with pytest.raises(StorageError, match=r"judged/00000\.parquet: content is"):
-        compose(judged_set / "pairs", judged_set / "judged", RuleConfig(), judged_set / "out", 1)
+        compose_in(judged_set)

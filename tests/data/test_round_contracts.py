@@ -33,9 +33,9 @@ def check_round(tmp_path, synthetic, web_probability=0.9) -> list[RuleResult]:
     )
     judged = [fill(web, match_probability=[web_probability] * len(web)), written]
     write_pairs(tmp_path / "judged", [pa.concat_tables(judged)], "no images")
-    compose(pairs, tmp_path / "judged", RuleConfig(), tmp_path / "round", 1)
-    after = tmp_path / "round" / "pairs"
-    of_round = summarise_round(pairs, tmp_path / "round" / "decided", after, RuleConfig())
+    after, decided = tmp_path / "after", tmp_path / "decided"
+    compose(pairs, tmp_path / "judged", RuleConfig(), 1, after, decided)
+    of_round = summarise_round(pairs, decided, after, RuleConfig())
     return check(after, {**summarise(after, images), "round": of_round}, CONTRACTS, tmp_path / "docs")
 
 

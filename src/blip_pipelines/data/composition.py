@@ -94,13 +94,16 @@ def decide(judged: pa.Table, rule: RuleConfig) -> tuple[np.ndarray, list[str]]:
     return is_wanted & ~is_empty & (is_good | ~is_filtered), reasons
 
 
-def compose(pairs: Path, judged: Path, rule: RuleConfig, out: Path, round_number: int) -> dict[str, Any]:
+def compose(
+    pairs: Path, judged: Path, rule: RuleConfig, round_number: int, corpus: Path, decided: Path
+) -> dict[str, Any]:
     """Write the next corpus: human + kept web + kept synthetic captions; evaluation rows pass unchanged.
 
     Args:
         pairs: the caption table whose web captions were judged.
         judged: table of judged web and synthetic captions, a shard for each of `pairs`.
-        out: `out/decided` gets every judged caption with `kept`, `reason` and `round`, `out/pairs` the corpus.
+        corpus: gets the new caption table.
+        decided: gets a table of every judged caption with `kept`, `reason` and `round`.
 
     Returns:
         Rows by what became of them: "unchanged", and "web_kept", "web_dropped", "synthetic_kept", "synthetic_dropped".
@@ -114,17 +117,17 @@ def compose(pairs: Path, judged: Path, rule: RuleConfig, out: Path, round_number
         raise StorageError(f"{judged}: has other shards than {pairs}; run writing and judging again")
     counts: Counter[str] = Counter()
 
-    def decided(name: str) -> pa.Table:
+    def decide_named(name: str) -> pa.Table:
         return decide_shard(pq.read_table(pairs / name), pq.read_table(judged / name), rule, round_number)
 
-    def composed(name: str) -> pa.Table:
-        table, found = pq.read_table(pairs / name), pq.read_table(out / "decided" / name)
+    def compose_named(name: str) -> pa.Table:
+        table, found = pq.read_table(pairs / name), pq.read_table(decided / name)
         counts.update(_counts(table, found))
         return compose_shard(table, found)
 
     about = {"round": round_number}
-    write_pairs(out / "decided", map(decided, names), before["images"], about)
-    write_pairs(out / "pairs", map(composed, names), before["images"], about)
+    write_pairs(decided, map(decide_named, names), before["images"], about)
+    write_pairs(corpus, map(compose_named, names), before["images"], about)
     return dict(counts)
 
 
