@@ -40,6 +40,7 @@ STOCK: dict[str, type[PreTrainedModel]] = {
 }
 WEIGHTS = "model.safetensors"
 NOTE = "med.json"
+BLIP2_NOTE = "blip2.json"
 
 
 class ExportError(ValueError):

