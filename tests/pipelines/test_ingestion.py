@@ -73,7 +73,7 @@ def test_nothing_is_trained_on_pairs_whose_contracts_were_not_checked(tmp_path):
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     write_json(pairs / "manifest.json", {"rows": 1})
-    with pytest.raises(UncheckedPairsError, match="kedro run --pipelines ingestion"):
+    with pytest.raises(UncheckedPairsError, match="run the stage that makes it"):
         pretrain(pairs, tmp_path, tmp_path, {"pairs": "0" * 64}, {})
 
 

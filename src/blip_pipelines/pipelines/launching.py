@@ -25,8 +25,12 @@ class Launched:
     record: dict[str, Any]
 
 
-def launched(job: str, stage: Stage, inputs: Mapping[str, Path]) -> Launched:
-    """Run the job, or find it done; its curves go to the stage's MLflow run as they grow."""
+def launched(job: str, stage: Stage, inputs: Mapping[str, Path], prefix: str = "") -> Launched:
+    """Run the job, or find it done; its curves go to the stage's MLflow run as they grow.
+
+    Args:
+        prefix: of the curves' names there, in a stage with several trainings.
+    """
     from blip_pipelines.jobs.launch import launch
     from blip_pipelines.tracking import runs
 
@@ -34,7 +38,7 @@ def launched(job: str, stage: Stage, inputs: Mapping[str, Path]) -> Launched:
 
     def on_history(rows: Any) -> None:
         history.extend(rows)
-        runs.log_history(rows)
+        runs.log_history({name if name == "step" else prefix + name: row[name] for name in row} for row in rows)
 
     receipt = launch(job, stage.values, inputs, stage.launch, on_history)
     return Launched(receipt, history, run_record(receipt))

@@ -38,11 +38,14 @@ def pretrain(
     Raises:
         UncheckedPairsError: the pairs are not those that were checked.
     """
+    check_seal(pairs, checked)
+    done = launched(JOB, read_parameters(parameters), {"pairs": pairs, "images": images, "packages": packages})
+    return done.receipt, done.history, done.record
+
+
+def check_seal(pairs: Path, checked: dict[str, str]) -> None:
+    """Raise UncheckedPairsError on pairs that are not those whose hash was noted when they kept their contracts."""
     from blip_pipelines.data.storage import content_hash
 
     if checked["pairs"] != content_hash(pairs):
-        raise UncheckedPairsError(
-            f"{pairs}: its contracts were not checked or are broken; kedro run --pipelines ingestion"
-        )
-    done = launched(JOB, read_parameters(parameters), {"pairs": pairs, "images": images, "packages": packages})
-    return done.receipt, done.history, done.record
+        raise UncheckedPairsError(f"{pairs}: its contracts were not checked or are broken; run the stage that makes it")
