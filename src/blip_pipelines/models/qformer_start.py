@@ -27,7 +27,7 @@ from blip_pipelines.models.starting_points import (
     rename,
 )
 
-ELSEWHERE = r"language_model\.|language_projection\.|vision_model\.(?!post_layernorm)"  # parts that are no Q-Former
+ELSEWHERE = r"language_model\.|(language_)?projection\.|vision_model\.(?!post_layernorm)"  # parts that are no Q-Former
 BLIP2_NAMES = (
     (r"^vision_model\.post_layernorm\.", "ln_vision."),
     (r"^qformer\.embeddings\.layernorm\.", "qformer.layernorm."),  # InstructBLIP's names

