@@ -15,6 +15,7 @@ VARIANTS = {  # steps, accumulation, prompt tokens, weights, config
     "momentum and queue": (4, 1, 0, ALL, {}),
     "accumulation, a prompt, a batch larger than the queue": (3, 2, 1, ALL, {"queue_samples": 4}),
     "no momentum": (3, 1, 0, ALL, {"momentum": None}),
+    "the queue joins later": (3, 1, 0, ALL, {"queue_start_step": 1}),
 }
 
 
@@ -66,7 +67,7 @@ def plain_step(model, momentum, tau, queue, batches, step, config, prompt_tokens
                 )
                 for i in rows
             ]
-        candidates = seen + queue
+        candidates = seen + (queue if step >= config.queue_start_step else [])
 
         def same(a, b):
             return a[0] == b[0] or a[1] == b[1]
@@ -108,11 +109,11 @@ def plain_step(model, momentum, tau, queue, batches, step, config, prompt_tokens
     return {"itc": itc, "itm": itm, "lm": lm}
 
 
-@pytest.mark.parametrize("accumulation, prompt_tokens", [(1, 0), (2, 1)])
-def test_the_objective_equals_a_slow_plain_float64_version_over_several_steps(accumulation, prompt_tokens):
+@pytest.mark.parametrize("accumulation, prompt_tokens, changes", [(1, 0, {"queue_start_step": 2}), (2, 1, {})])
+def test_the_objective_equals_a_slow_plain_float64_version_over_several_steps(accumulation, prompt_tokens, changes):
     steps = 3
-    found = train_small(ALONE, steps, accumulation, prompt_tokens, ALL, {})
-    task = make_task(accumulation=accumulation, weights=ALL)
+    found = train_small(ALONE, steps, accumulation, prompt_tokens, ALL, changes)
+    task = make_task(accumulation=accumulation, weights=ALL, **changes)
     model, tau = task.model, task.temperature
     momentum, queue = copy.deepcopy(model), []
     for step in range(steps):

@@ -41,11 +41,16 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class MedObjectiveConfig:
-    """Constants of the objective; the defaults are BLIP's."""
+    """Constants of the objective; the defaults are BLIP's.
+
+    Differs: `queue_start_step`. While the weights move fast, a feature in the queue differs from a fresh one by its age,
+    and as the positive is always fresh, the encoders learn to tell ages in place of contents (docs/objectives.md).
+    """
 
     weights: LossWeights = field(default_factory=LossWeights)
     momentum: float | None = 0.995  # null: no momentum encoder, hence no queue and no soft targets
     queue_samples: int = 57600
+    queue_start_step: int = 0  # before it the queue fills but is no candidate
     alpha_max: float = 0.4
     alpha_ramp_steps: int = 10_000  # BLIP: the steps of two epochs
     temperature: float = 0.07
@@ -59,7 +64,7 @@ class MedObjectiveConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"objective.{name}: {value} is outside 0 to 1")
-        for name in ("queue_samples", "alpha_ramp_steps"):
+        for name in ("queue_samples", "queue_start_step", "alpha_ramp_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"objective.{name}: {getattr(self, name)} is negative")
         low, high = self.temperature_range
@@ -154,7 +159,9 @@ class MedPretraining(nn.Module):
                 *self.ranks.gather(torch.cat([image_BE, text_BE], 1)).chunk(2, 1),
                 *self.ranks.gather(torch.stack([batch.image_ids, batch.text_ids], 1)).unbind(1),
             )
-            blocks = [seen] if self.queue is None else [seen, self.queue.candidates]
+            blocks = [seen]
+            if self.queue is not None and step >= config.queue_start_step:
+                blocks.append(self.queue.candidates)
             images, texts, image_ids, text_ids = (list(part) for part in zip(*blocks, strict=True))
             image_ids_C, text_ids_C = torch.cat(image_ids), torch.cat(text_ids)
             positive_BC = contrastive.positives(batch.image_ids, batch.text_ids, image_ids_C, text_ids_C)
