@@ -3,11 +3,14 @@ import re
 import pytest
 import torch
 from blip2_samples import stock_blip2_config, tiny_image, tiny_qformer, tiny_qformer_config
+from data_samples import WORDS, tokenizer_json
 from model_samples import tiny_texts
 from torch.nn.functional import normalize
 
 from blip_pipelines.config import ConfigError
-from blip_pipelines.models.med import Cache, KeysValues, with_first
+from blip_pipelines.data.tokens import prune_vocabulary
+from blip_pipelines.inference.generation import GenerationConfig, generate
+from blip_pipelines.models.med import Cache, KeysValues, MatchedImages, Source, with_first
 from blip_pipelines.models.qformer import QFormer, QFormerConfig, serves_text_alone
 
 
@@ -176,6 +179,23 @@ def test_decoding_token_by_token_from_the_cache_equals_decoding_at_once(former, 
     torch.testing.assert_close(rest, whole[rows, 6:], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+def test_captions_are_generated_as_from_a_med(strategy):
+    """ITG needs no loop of its own: what the queries left stands in for the image."""
+    tokenizer = prune_vocabulary(tokenizer_json(), WORDS)[0]
+    former = QFormer(tiny_qformer_config().fit(tokenizer), 3).eval()
+    left = former.encode_queries(former.project_image(tiny_image()), cache=True)[1]
+    config = GenerationConfig(strategy=strategy, beams=2, min_tokens=1, max_tokens=6)
+    written = generate(former, left, tokenizer, config)
+    ids = torch.full((3, 1), former.config.text.dec_id)
+    for _ in range(5):
+        logits = former.lm_head(former.decode_hidden(ids, None, left)[:, -1])
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    if strategy == "greedy":
+        assert written.texts == tokenizer.decode(ids[:, 1:].tolist())
+    assert len(written.texts) == 3
+
+
 def test_selected_images_give_the_logits_of_encoding_them_again(former, image, texts):
     ids, mask = texts
     index = torch.tensor([2, 0, 0])
@@ -183,6 +203,20 @@ def test_selected_images_give_the_logits_of_encoding_them_again(former, image, t
     torch.testing.assert_close(
         former.match_logits(ids, mask, image.select(index)), former.match_logits(ids, mask, again)
     )
+
+
+def test_texts_that_share_an_image_read_what_a_copy_of_it_says(former, image):
+    """ITM's pairs: two texts for each image, then texts of images by index; and runs of texts as beams have them."""
+    ids, mask = tiny_texts((7, 4, 5, 6, 7, 3, 4, 5))
+    matched = MatchedImages(image, torch.tensor([1, 0]))
+    copied = image.select(torch.tensor([0, 0, 1, 1, 2, 2, 1, 0]))
+    torch.testing.assert_close(former.match_logits(ids, mask, matched), former.match_logits(ids, mask, copied))
+    two = torch.arange(2)
+    runs = former.encode_with_text(ids, mask, image.select(two))
+    torch.testing.assert_close(runs, former.encode_with_text(ids, mask, image.select(two.repeat_interleave(4))))
+    left = former.encode_queries(image, cache=True)[1]
+    found = former.decode_hidden(ids, None, left.select(two))
+    torch.testing.assert_close(found, former.decode_hidden(ids, None, left.select(two.repeat_interleave(4))))
 
 
 def test_only_layers_that_look_at_the_image_project_it(former, image):
@@ -204,9 +238,10 @@ def test_attention_maps_are_what_the_layer_uses(texts):
         image = former.project_image(image_BND)
         weights_BQN = former.attention_to_image(image)[0]
         start = former.qformer["layernorm"](former.query_tokens).expand(3, -1, -1)
-        mixed = former.layers[0].attention(start, None, *former.layers[0].attention.keys_values(start))
+        own = Source(*former.layers[0].attention.keys_values(start))
+        mixed = former.layers[0].attention(start, None, [own], 3)
         expected = attention.output(weights_BQN @ image.layers[0][1][:, 0], mixed)
-        torch.testing.assert_close(attention(mixed, None, *image.layers[0]), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(attention(mixed, None, image.sources(0), 3), expected, atol=1e-5, rtol=0)
 
 
 def test_every_parameter_learns_from_the_three_objectives(texts):

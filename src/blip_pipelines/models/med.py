@@ -337,23 +337,28 @@ class TextAttention(nn.Module):
         return self._split(self.self.key(source), rows), self._split(self.self.value(source), rows)
 
     def forward(self, hidden_RD: Tensor, rows: Rows, sources: list[Source], visible: Tensor | None = None) -> Tensor:
-        """The residual stream after attending; texts that share a row of a source are one longer row of queries."""
+        """The residual stream after attending."""
         query_BHTd = self._split(self.self.query(hidden_RD), rows)
         dropout_rate = self.dropout if self.training else 0.0
-        mixed, start = [], 0
-        for key, value, texts in sources:
-            stop = len(query_BHTd) if texts is None else start + texts
-            if start == stop:  # on some ranks no text is drawn to any image
-                continue
-            shared = query_BHTd[start:stop].unflatten(0, (len(key), -1)).transpose(1, 2)  # images, H, run, T, d
-            read = attend(shared.flatten(2, 3), key, value, visible, dropout_rate).unflatten(2, shared.shape[2:4])
-            mixed.append(read.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1))
-            start = stop
-        mixed_BTD = torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+        mixed_BTD = attend_to(query_BHTd, sources, visible, dropout_rate)
         return self.output(rows.pack(mixed_BTD), hidden_RD)
 
     def _split(self, states: Tensor, rows: Rows | None) -> Tensor:
         return (rows.unpack(states) if rows else states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def attend_to(query_BHTd: Tensor, sources: list[Source], visible: Tensor | None, dropout_rate: float) -> Tensor:
+    """(B, T, D) of texts that each read their source; those that share one are one longer row of queries."""
+    mixed, start = [], 0
+    for key, value, texts in sources:
+        stop = len(query_BHTd) if texts is None else start + texts
+        if start == stop:  # on some ranks no text is drawn to any image
+            continue
+        shared = query_BHTd[start:stop].unflatten(0, (len(key), -1)).transpose(1, 2)  # images, H, run, T, d
+        read = attend(shared.flatten(2, 3), key, value, visible, dropout_rate).unflatten(2, shared.shape[2:4])
+        mixed.append(read.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1))
+        start = stop
+    return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
 class Projections(nn.Module):

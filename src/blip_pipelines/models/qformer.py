@@ -25,16 +25,19 @@ from torch.nn.functional import dropout, normalize
 from torch.utils.checkpoint import checkpoint
 
 from blip_pipelines.config import ConfigError
-from blip_pipelines.models.attention import at_least_float32, attend
+from blip_pipelines.models.attention import at_least_float32
 from blip_pipelines.models.initialisation import EMBEDDING_STD, initialise
 from blip_pipelines.models.med import (
     Cache,
     Intermediate,
     KeysValues,
     LMHead,
+    MatchedImages,
     Projections,
     Residual,
+    Source,
     TextConfig,
+    attend_to,
     with_first,
 )
 from blip_pipelines.models.packing import Rows
@@ -49,7 +52,10 @@ QUERY_STD = 0.02
 
 @dataclass(frozen=True)
 class QFormerConfig:
-    """Sizes; the defaults are BLIP-2's: BERT-base with [DEC] (it has no [ENC]), reading EVA ViT-g."""
+    """Sizes; the defaults are BLIP-2's: BERT-base with [DEC] (it has no [ENC]), reading EVA ViT-g.
+
+    A block `text` that is given is a `TextConfig` of its own defaults: say its dropout.
+    """
 
     text: TextConfig = field(
         default_factory=lambda: TextConfig(vocabulary=30523, enc_id=30522, dropout=0.1, attention_dropout=0.1)
@@ -141,11 +147,12 @@ class QFormer(nn.Module):
         """(B, Q, D) states of queries that see no text, and with `cache` the self-attention keys and values that
         they leave in every layer, for `decode_hidden`.
         """
-        queries_BQD, left = self._start_queries(len(image)), KeysValues([])
+        batch = len(image)
+        queries_BQD, left = self._start_queries(batch), KeysValues([])
         for layer, seen, _ in self._walk(image):
-            queries_BQD, _, own = self._run(layer, queries_BQD, None, None, None, seen, None, "none")
+            queries_BQD, _, own = self._run(layer, batch, queries_BQD, None, None, None, seen, None, "none")
             if cache:
-                left.layers.append((own[0].expand(len(image), -1, -1, -1), own[1].expand(len(image), -1, -1, -1)))
+                left.layers.append((own[0].expand(batch, -1, -1, -1), own[1].expand(batch, -1, -1, -1)))
         return queries_BQD, left
 
     def encode_text(self, token_ids_BT: Tensor, token_mask_BT: Tensor, first_only: bool = True) -> Tensor:
@@ -154,7 +161,8 @@ class QFormer(nn.Module):
         text_RD = self._start_text(token_ids_BT, rows)
         for layer, _, is_last in self._walk():
             keeps = "first" if first_only and is_last else "all"
-            _, text_RD, _ = self._run(layer, None, text_RD, rows, token_mask_BT[:, None, None], None, None, keeps)
+            visible = token_mask_BT[:, None, None]
+            _, text_RD, _ = self._run(layer, rows.batch, None, text_RD, rows, visible, None, None, keeps)
         return text_RD if first_only else rows.unpack(text_RD)
 
     def image_features(self, queries_BQD: Tensor) -> Tensor:
@@ -165,19 +173,23 @@ class QFormer(nn.Module):
         """(B, E) of unit length, at least float32, of the [CLS] states of `encode_text`."""
         return normalize(at_least_float32(self.text_projection(text_BD)), dim=-1)
 
-    def encode_with_text(self, token_ids_BT: Tensor, token_mask_BT: Tensor, image: KeysValues) -> Tensor:
-        """(B, Q, D) states of queries that see the text, and it them: ITM, and instructions (InstructBLIP 2.3)."""
+    def encode_with_text(
+        self, token_ids_BT: Tensor, token_mask_BT: Tensor, image: KeysValues | MatchedImages
+    ) -> Tensor:
+        """(B, Q, D) states of queries that see the text, and it them: ITM, and instructions (InstructBLIP 2.3).
+
+        Args:
+            image: a row for each text, or for each run of as many texts.
+        """
         rows = Rows.of(token_ids_BT, token_mask_BT)
-        queries_BQD, text_RD = self._start_queries(len(image)), self._start_text(token_ids_BT, rows)
+        queries_BQD, text_RD = self._start_queries(rows.batch), self._start_text(token_ids_BT, rows)
         visible = torch.cat([token_mask_BT.new_ones(len(token_mask_BT), self.config.queries), token_mask_BT], 1)
         for layer, seen, is_last in self._walk(image):
-            keeps = "none" if is_last else "all"
-            queries_BQD, text_RD, _ = self._run(
-                layer, queries_BQD, text_RD, rows, visible[:, None, None], seen, None, keeps
-            )
+            inputs = queries_BQD, text_RD, rows, visible[:, None, None], seen, None, "none" if is_last else "all"
+            queries_BQD, text_RD, _ = self._run(layer, rows.batch, *inputs)
         return queries_BQD
 
-    def match_logits(self, token_ids_BT: Tensor, token_mask_BT: Tensor, image: KeysValues) -> Tensor:
+    def match_logits(self, token_ids_BT: Tensor, token_mask_BT: Tensor, image: KeysValues | MatchedImages) -> Tensor:
         """(B, 2) logits of not matching and matching, at least float32: the mean over queries of each one's logits."""
         return at_least_float32(self.itm_head(self.encode_with_text(token_ids_BT, token_mask_BT, image))).mean(1)
 
@@ -189,7 +201,7 @@ class QFormer(nn.Module):
 
         Args:
             token_mask_BS: bool, of the cached tokens and these; None if all of them are words.
-            queries: what `encode_queries` left.
+            queries: what `encode_queries` left, a row for each text or for each run of as many, such as beams.
             cache: of the tokens before these; this call adds these.
         """
         past, tokens = cache.length if cache else 0, token_ids_BT.shape[1]
@@ -203,10 +215,10 @@ class QFormer(nn.Module):
         rows = Rows.of(token_ids_BT, token_mask_BS if cache is None else None)
         text_RD = self._start_text(token_ids_BT, rows, past)
         for index, (layer, _, _) in enumerate(self._walk()):
-            before = queries.layers[index]
+            before = repeat(queries.layers[index], rows.batch)
             if past and cache is not None:
                 before = join(before, cache.layers[index])
-            _, text_RD, own = self._run(layer, None, text_RD, rows, visible, None, before, "all")
+            _, text_RD, own = self._run(layer, rows.batch, None, text_RD, rows, visible, None, before, "all")
             if cache is not None:
                 cache.extend(index, *own)
         return rows.unpack(text_RD)
@@ -222,10 +234,10 @@ class QFormer(nn.Module):
         queries_BQD, weights = self._start_queries(len(image)), []
         for layer, seen, _ in self._walk(image):
             if seen is not None and layer.crossattention is not None:
-                own = layer.attention.keys_values(queries_BQD)
-                mixed_BQD = layer.attention(queries_BQD, None, *own)
-                weights.append(layer.crossattention.weights(mixed_BQD, seen[0]).mean(1))
-            queries_BQD, _, _ = layer(queries_BQD, None, None, None, seen, None, "none")
+                own = Source(*layer.attention.keys_values(queries_BQD))
+                mixed_BQD = layer.attention(queries_BQD, None, [own], len(own.key))
+                weights.append(layer.crossattention.weights(mixed_BQD, seen[0].key).mean(1))
+            queries_BQD, _, _ = layer(len(image), queries_BQD, None, None, None, seen, None, "none")
         return torch.stack(weights)
 
     def _start_queries(self, batch: int) -> Tensor:
@@ -242,11 +254,15 @@ class QFormer(nn.Module):
         words_RD = rows.pack(self.embeddings["word_embeddings"](token_ids_BT) + positions[past:end])
         return dropout(self.qformer["layernorm"](words_RD), self.config.text.dropout, self.training)
 
-    def _walk(self, image: KeysValues | None = None) -> "Iterator[tuple[QFormerLayer, Pair | None, bool]]":
-        """The layers, each with the image's keys and values if it looks at them, and whether it is the last."""
-        images = iter(image.layers if image is not None else [])
+    def _walk(
+        self, image: KeysValues | MatchedImages | None = None
+    ) -> "Iterator[tuple[QFormerLayer, list[Source] | None, bool]]":
+        """The layers, each with what it sees of the image if it looks at it, and whether it is the last."""
+        looks = 0
         for index, layer in enumerate(layers := self.layers):
-            seen = next(images) if image is not None and layer.crossattention is not None else None
+            seen = None
+            if image is not None and layer.crossattention is not None:
+                seen, looks = image.sources(looks), looks + 1
             yield layer, seen, index == len(layers) - 1
 
     def _run(self, layer: "QFormerLayer", *inputs: object) -> "tuple[Tensor, Tensor, Pair]":
@@ -273,17 +289,19 @@ class QFormerLayer(nn.Module):
 
     def forward(
         self,
+        batch: int,
         queries_BQD: Tensor | None,
         text_RD: Tensor | None,
         rows: Rows | None,
         visible: Tensor | None,
-        image: Pair | None,
+        image: list[Source] | None,
         before: Pair | None,
         keeps: Literal["all", "first", "none"],
     ) -> tuple[Tensor | None, Tensor | None, Pair]:
         """The streams after this layer, and the keys and values that they leave.
 
         Args:
+            batch: B; of queries there may be one row for all, as long as nothing told them apart.
             queries_BQD, text_RD: either or both; queries come first.
             visible: which keys (those before, queries, text) a token may see; None hides nothing.
             before: keys and values that come before both.
@@ -294,16 +312,16 @@ class QFormerLayer(nn.Module):
             parts.append(self.attention.keys_values(queries_BQD))
         if text_RD is not None:
             parts.append(self.attention.keys_values(text_RD, rows))
-        keys_values = join(*parts)
+        source = Source(*join(*parts))
         if queries_BQD is not None:
-            queries_BQD = self.attention(queries_BQD, None, *keys_values, visible)
+            queries_BQD = self.attention(queries_BQD, None, [source], len(source.key), visible)
             if self.crossattention is not None and image is not None:
-                queries_BQD = self.crossattention(queries_BQD, None, *image)
+                queries_BQD = self.crossattention(queries_BQD, None, image, batch)
             queries_BQD = self.output_query(self.intermediate_query(queries_BQD), queries_BQD)
         if text_RD is not None and rows is not None and keeps != "none":
             if keeps == "first":
                 text_RD, rows = rows.first(text_RD), Rows(rows.batch, 1)
-            text_RD = self.attention(text_RD, rows, *keys_values, visible)
+            text_RD = self.attention(text_RD, rows, [source], batch, visible)
             text_RD = self.output(self.intermediate(text_RD), text_RD)
         return queries_BQD, text_RD, parts[-1]
 
@@ -322,17 +340,11 @@ class QFormerAttention(nn.Module):
         return self._split(self.attention.key(source), rows), self._split(self.attention.value(source), rows)
 
     def forward(
-        self,
-        hidden: Tensor,
-        rows: Rows | None,
-        key_BHSd: Tensor,
-        value_BHSd: Tensor,
-        visible: Tensor | None = None,
+        self, hidden: Tensor, rows: Rows | None, sources: list[Source], batch: int, visible: Tensor | None = None
     ) -> Tensor:
-        query_BHTd = self._split(self.attention.query(hidden), rows).expand(len(key_BHSd), -1, -1, -1)
-        dropout_rate = self.dropout if self.training else 0.0
-        mixed = attend(query_BHTd, key_BHSd, value_BHSd, visible, dropout_rate).transpose(1, 2).flatten(2)
-        return self.output(rows.pack(mixed) if rows else mixed, hidden)
+        query_BHTd = self._split(self.attention.query(hidden), rows).expand(batch, -1, -1, -1)
+        mixed_BTD = attend_to(query_BHTd, sources, visible, self.dropout if self.training else 0.0)
+        return self.output(rows.pack(mixed_BTD) if rows else mixed_BTD, hidden)
 
     def weights(self, hidden_BQD: Tensor, key_BHSd: Tensor) -> Tensor:
         """(B, H, Q, S) float32, the shares with which queries attend."""
@@ -351,6 +363,12 @@ def join(*parts: Pair) -> Pair:
     batch = max(len(key) for key, _ in parts)
     keys, values = ([part.expand(batch, -1, -1, -1) for part in side] for side in zip(*parts, strict=True))
     return torch.cat(keys, 2), torch.cat(values, 2)
+
+
+def repeat(pair: Pair, batch: int) -> Pair:
+    """Each row as often as makes `batch` of them."""
+    key, value = (part.repeat_interleave(batch // len(part), 0) if len(part) < batch else part for part in pair)
+    return key, value
 
 
 TEXT_ALONE = re.compile(
