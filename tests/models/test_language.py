@@ -151,6 +151,11 @@ def test_training_what_is_before_it_leaves_its_bytes_alone(language):
     assert all(parameter.grad is None for parameter in language.parameters())
 
 
+def exact_logits(language, soft, ids):
+    with torch.autocast("cpu", enabled=False):
+        return language.lm_head(language.hidden(soft, ids))
+
+
 def test_half_precision_weights_are_loaded_not_cast(tmp_path):
     language_stock("llama").save_pretrained(tmp_path)
     spoken_tokenizer().save_pretrained(tmp_path)
@@ -164,6 +169,7 @@ def test_half_precision_weights_are_loaded_not_cast(tmp_path):
     soft = prefix(exact).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         states = language.hidden(soft, ids)
+        assert torch.equal(exact.lm_head(exact.hidden(soft, ids)), exact_logits(exact, soft, ids))
     assert states.dtype == torch.bfloat16
     states.float().square().sum().backward()
     assert soft.grad.dtype == torch.float32

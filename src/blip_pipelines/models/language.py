@@ -99,7 +99,8 @@ class LanguageModel(Frozen):
         if not self.decoder_only:
             raise LanguageError("an encoder reads its prefix as a whole; remember nothing")
         cache: Any = DynamicCache(config=self.model.config)
-        self.model.base_model(inputs_embeds=prefix_BSW.to(self.dtype), past_key_values=cache, use_cache=True)
+        with self._own_precision():
+            self.model.base_model(inputs_embeds=prefix_BSW.to(self.dtype), past_key_values=cache, use_cache=True)
         return KeysValues([(layer.keys, layer.values) for layer in cache.layers])
 
     def hidden(
@@ -118,15 +119,20 @@ class LanguageModel(Frozen):
             prefix_mask_BS: bool, False where a row's prefix has padding, on whichever side; None: nowhere.
             past: what `remember` read before the prefix.
         """
-        prefix_BSW = prefix_BSW.to(self.dtype)
-        if not self.decoder_only:
-            states = self.model.get_encoder()(inputs_embeds=prefix_BSW, attention_mask=prefix_mask_BS)
+        with self._own_precision():
+            if self.decoder_only:
+                return self._go_on(prefix_BSW.to(self.dtype), token_ids_BT, prefix_mask_BS, past)
+            states = self.model.get_encoder()(inputs_embeds=prefix_BSW.to(self.dtype), attention_mask=prefix_mask_BS)
             return self.model.get_decoder()(
                 input_ids=token_ids_BT[:, :-1],
                 encoder_hidden_states=states.last_hidden_state,
                 encoder_attention_mask=prefix_mask_BS,
                 use_cache=False,
             ).last_hidden_state
+
+    def _go_on(
+        self, prefix_BSW: Tensor, token_ids_BT: Tensor, prefix_mask_BS: Tensor | None, past: KeysValues | None
+    ) -> Tensor:
         if prefix_mask_BS is not None:
             prefix_BSW, prefix_mask_BS = pad_left(prefix_BSW, prefix_mask_BS)
         inputs = torch.cat([prefix_BSW, self.embed(token_ids_BT[:, 1:-1])], 1)
@@ -143,7 +149,8 @@ class LanguageModel(Frozen):
         """(R, V) logits of any chosen states; give it only the positions that have a target."""
         if getattr(self.model.config, "scale_decoder_outputs", False):  # T5
             hidden_RW = hidden_RW * self.model.config.d_model**-0.5
-        return self.model.get_output_embeddings()(hidden_RW)
+        with self._own_precision():
+            return self.model.get_output_embeddings()(hidden_RW)
 
     @torch.no_grad()
     def generate(
@@ -160,15 +167,20 @@ class LanguageModel(Frozen):
             prefix_mask_BS = torch.ones(prefix_BSW.shape[:2], dtype=torch.bool, device=prefix_BSW.device)
         elif self.decoder_only:
             prefix_BSW, prefix_mask_BS = pad_left(prefix_BSW, prefix_mask_BS)
-        ids = self.model.generate(
-            inputs_embeds=prefix_BSW,
-            attention_mask=prefix_mask_BS.long(),
-            max_new_tokens=max_tokens,
-            eos_token_id=self.tokenizer.end,
-            pad_token_id=self.tokenizer.pad,
-            **{"do_sample": False, "num_beams": 1} | settings,
-        )
+        with self._own_precision():
+            ids = self.model.generate(
+                inputs_embeds=prefix_BSW,
+                attention_mask=prefix_mask_BS.long(),
+                max_new_tokens=max_tokens,
+                eos_token_id=self.tokenizer.end,
+                pad_token_id=self.tokenizer.pad,
+                **{"do_sample": False, "num_beams": 1} | settings,
+            )
         return self.tokenizer.decode(ids.tolist())
+
+    def _own_precision(self) -> torch.autocast:
+        """Training's autocast would cast weights that it does not keep, anew in every product."""
+        return torch.autocast(self.model.device.type, enabled=False)
 
     def _cache(self, past: KeysValues | None, batch: int) -> DynamicCache | None:
         if past is None:
@@ -215,7 +227,7 @@ def open_language(config: LanguageConfig, packages: Path | None = None, work: Pa
 
     Args:
         packages: folder of the pinned wheels.
-        work: where a model out of a wheel is kept as a plain folder.
+        work: where a model out of a wheel is kept as a plain folder; one process at a time makes it.
 
     Raises:
         LanguageError: there is nothing to read, or no language model.
