@@ -190,7 +190,7 @@ def test_data_docs_are_linked_relative_to_the_page(tmp_path, evidence):
 
 def test_a_failed_rule_and_the_serving_command_are_on_the_page(tmp_path, evidence):
     page = Page(written(tmp_path, evidence))
-    assert "1 of 1 rules did not hold." in page.text
+    assert "1 of 1 rules are broken." in page.text
     assert "make serve NAME=blip-captioner ALIAS=candidate" in page.text
     assert "180.0" in page.text
     assert "https://creativecommons.org/licenses/by/4.0/" in page.links

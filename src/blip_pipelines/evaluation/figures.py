@@ -97,7 +97,7 @@ def line_chart(
     for value in ticks(y_low, y_high):
         y = at_y(value)
         parts.append(tag("line", x1=LEFT, x2=f"{WIDTH - right:.0f}", y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
-        label = f"{100 * value:.4g}%" if percent else f"{value:.4g}"
+        label = f"{100 * value:.4g} %" if percent else f"{value:.4g}"
         parts.append(tag("text", label, x=LEFT - 6, y=f"{y + 4:.1f}", text_anchor="end"))
     for value in ticks(x_low, x_high, 5):
         parts.append(tag("text", f"{value:,.6g}", x=f"{at_x(value):.1f}", y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
@@ -140,7 +140,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, float | None]], *, pe
         if reference is not None:
             x = label_width + max(0.0, min(1.0, reference / longest)) * room
             parts.append(tag("rect", x=f"{x - 1.5:.1f}", y=y - 3, width=3, height=22, class_="f1"))
-        shown = f"{100 * value:.1f}%" if percent else f"{value:.2f}"
+        shown = f"{100 * value:.1f} %" if percent else f"{value:.2f}"
         parts.append(tag("text", shown, x=WIDTH, y=y + 12, text_anchor="end", class_="value"))
     words = ", ".join(f"{label} {value:.3g}" for label, value, _ in bars)
     return figure(title, parts, WIDTH, len(bars) * lane + 4, f"{title}: {words}")

@@ -190,7 +190,7 @@ img { display: block; background: #fff; border-radius: 6px; border: 1px solid va
 .sheet img { width: 100%; aspect-ratio: 1; object-fit: contain; padding: 6px; }
 .mark { font-size: .75rem; font-weight: 600; color: var(--vermilion); display: block; }
 .queries {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .9rem; margin:
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .9rem; margin:
   .75rem 0 1.25rem;
 }
 .query {

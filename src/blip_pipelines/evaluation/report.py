@@ -14,7 +14,16 @@ from typing import Any
 import pyarrow.compute as pc
 
 from blip_pipelines.data import storage
-from blip_pipelines.evaluation.evidence import Evidence, fact, in_order, parquet, series, stages_with, subsets
+from blip_pipelines.evaluation.evidence import (
+    Evidence,
+    fact,
+    in_order,
+    parquet,
+    series,
+    stages_with,
+    subset_order,
+    subsets,
+)
 from blip_pipelines.evaluation.figures import bar_chart, line_chart
 from blip_pipelines.evaluation.gallery import captions, retrieval, samples
 from blip_pipelines.evaluation.page import (
@@ -39,12 +48,14 @@ SUBSETS = {
 DOES = {
     "ingestion": "pictures, captions, contracts",
     "med_pretraining": "ITC + ITM + LM",
+    "med_bootstrapped": "ITC + ITM + LM on the new corpus",
     "evaluation": "retrieval, captions",
     "release": "gate, register",
 }
 CAPTION_MEASURES = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "exact": "exact"}
 CURVES = {"itc": "Image-text contrastive", "itm": "Image-text matching", "lm": "Language modelling"}
 QUARANTINE_ROWS = 8
+WATCHED_SUBSETS = 3  # curves of the validation probe in one chart
 ADDRESS = re.compile(r"(https?://[^\s)<>\"]+)")
 
 
@@ -134,12 +145,10 @@ def overview(evidence: Evidence) -> Html:
     for stage in stages_with(evidence, "i2t_r5"):
         found = []
         for subset in subsets(evidence, stage, "i2t_r5"):
-            value = evidence.metrics[f"{stage}/i2t_r5/{subset}"]
-            where = f" ({SUBSETS[subset]})" if subset in SUBSETS else ""
-            found.append(f"{percent(value)} on {subset}{where}")
-        words.append(
-            f" After {stage} the right caption of a held-out picture is among the first five in {', '.join(found)}."
-        )
+            reached, chance = (evidence.metrics.get(f"{stage}/{name}_r5/{subset}") for name in ("i2t", "chance_i2t"))
+            asides = [SUBSETS.get(subset), f"chance {percent(chance)}" if is_number(chance) else None]
+            found.append(f"{percent(reached)} on {subset} ({'; '.join(filter(None, asides))})".replace(" ()", ""))
+        words.append(f" After {stage} a held-out picture has its caption among the first five in {', '.join(found)}.")
     return tag("p", "".join(words) or "No stage has run yet.", class_="lead")
 
 
@@ -176,17 +185,13 @@ def refused(evidence: Evidence) -> Html:
 
 
 def contract_results(evidence: Evidence) -> Html:
-    """Which rules of the data contract held, and where to read more."""
-    where = (
-        [tag("p", tag("a", "Data Docs", href=evidence.docs), " show every rule with its figures.")]
-        if evidence.docs
-        else []
-    )
+    """Which rules of the data contract are broken, then all of them, and where to read more."""
+    docs = tag("a", "Data Docs", href=evidence.docs)
+    where = tag("p", docs, " show every rule with its figures.") if evidence.docs else None
     rules = evidence.contracts
     if not rules:
         return tag("div", note("No contract results were recorded."), where)
-    broken = sum(not rule["passed"] for rule in rules)
-    verdict = f"{broken} of {len(rules)} rules did not hold." if broken else f"All {len(rules)} rules held."
+    heads = ["rule", "severity", "result", "checked", "failed"]
     rows = [
         (
             rule["rule"],
@@ -196,9 +201,10 @@ def contract_results(evidence: Evidence) -> Html:
         )
         for rule in rules
     ]
-    return tag(
-        "div", tag("p", verdict), where, table(["rule", "severity", "result", "checked", "failed"], rows, texts=3)
-    )
+    broken = [row for row, rule in zip(rows, rules, strict=True) if not rule["passed"]]
+    verdict = f"{len(broken)} of {len(rules)} rules are broken." if broken else f"All {len(rules)} rules hold."
+    everything = tag("details", tag("summary", "All rules"), table(heads, rows, texts=3))
+    return tag("div", tag("p", verdict), where, table(heads, broken, texts=3) if broken else None, everything)
 
 
 def curves(evidence: Evidence) -> Html:
@@ -214,13 +220,13 @@ def curves(evidence: Evidence) -> Html:
             for index, (name, title) in enumerate(CURVES.items())
             if name in names
         ]
-        probes = {words_of_probe(name): series(rows, name) for name in names if name.startswith("val/")}
-        shares = {name: points for name, points in probes.items() if "R@" in name}
-        losses = {name: points for name, points in probes.items() if name not in shares}
-        for title, chosen, is_share in (("Validation retrieval", shares, True), ("Validation losses", losses, False)):
-            if chosen:
-                label = "recall" if is_share else "nats"
-                charts.append(line_chart(title, chosen, x_label="optimizer step", y_label=label, percent=is_share))
+        for way, title in (("i2t", "picture \u2192 captions"), ("t2i", "caption \u2192 pictures")):
+            start = f"val/{way}_r5/"
+            watched = sorted((name.removeprefix(start) for name in names if name.startswith(start)), key=subset_order)
+            probes = {subset: series(rows, start + subset) for subset in watched[:WATCHED_SUBSETS]}
+            if probes:
+                title = f"Validation, {title}, R@5"
+                charts.append(line_chart(title, probes, x_label="optimizer step", y_label="recall", percent=True))
         if not charts and "loss" in names:
             charts.append(line_chart("Loss", {"loss": series(rows, "loss")}, x_label="optimizer step", y_label="nats"))
         parts += [tag("h3", stage), tag("div", charts, class_="figures")]
@@ -270,7 +276,7 @@ def caption_rows(metrics: Mapping[str, float], stage: str, subset: str) -> list[
         return [plain(metrics.get(f"{stage}/{form.format(name)}/{subset}")) for name in CAPTION_MEASURES]
 
     low, high = (metrics.get(f"{stage}/cider_gain_{end}/{subset}") for end in ("low", "high"))
-    gain = f"{low:+.2f} to {high:+.2f}" if is_number(low) and is_number(high) else "\u2013"
+    gain = f"{low:+.2f} to {high:+.2f}".replace("-", "\u2212") if is_number(low) and is_number(high) else "\u2013"
     rows: list[list[object]] = [[tag("b", subset), *measured("{}"), gain]]
     for words, form in (("nucleus sampling", "{}_nucleus"), ("nearest training caption", "baseline_{}")):
         if is_number(metrics.get(f"{stage}/{form.format('cider')}/{subset}")):
@@ -334,12 +340,6 @@ SECTIONS: tuple[tuple[str, str, Callable[[Evidence], Html]], ...] = (
     ("models", "Registered models", models),
     ("credits", "Credits", credit_list),
 )
-
-
-def words_of_probe(name: str) -> str:
-    """`val/i2t_r5/image` as `image i2t R@5`."""
-    _, metric, *subset = name.split("/")
-    return " ".join([*subset, metric.replace("_r", " R@") if metric[:3] in ("i2t", "t2i") else metric])
 
 
 def seconds_of(record: Mapping[str, Any]) -> str:
