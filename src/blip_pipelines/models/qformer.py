@@ -28,6 +28,7 @@ from blip_pipelines.config import ConfigError
 from blip_pipelines.models.attention import at_least_float32
 from blip_pipelines.models.initialisation import EMBEDDING_STD, initialise
 from blip_pipelines.models.med import (
+    LM_HEAD_GAIN,
     Cache,
     Intermediate,
     KeysValues,
@@ -110,8 +111,11 @@ class QFormer(nn.Module):
         self.text_projection = nn.Linear(text.width, config.projection)
         self.itm_head = nn.Linear(text.width, 2)
         words = cast(nn.Embedding, self.embeddings["word_embeddings"])
-        self.cls = nn.ModuleDict({"predictions": LMHead(text, words)})
+        head = LMHead(text, words)
+        self.cls = nn.ModuleDict({"predictions": head})
         initialise(self, config.initializer, seed)
+        if config.initializer == "fan_in":
+            nn.init.constant_(head.transform.LayerNorm.weight, LM_HEAD_GAIN)
         with torch.no_grad():
             self.query_tokens.mul_(QUERY_STD / EMBEDDING_STD[config.initializer])
 
