@@ -157,7 +157,8 @@ class Med(nn.Module):
         self.itm_head = nn.Linear(text.width, 2)
         initialise(self, config.initializer, seed)
         if config.initializer == "fan_in":
-            self.text_decoder.cls["predictions"].transform.LayerNorm.weight.data.fill_(LM_HEAD_GAIN)
+            head = cast(LMHead, self.text_decoder.cls["predictions"])
+            nn.init.constant_(head.transform.LayerNorm.weight, LM_HEAD_GAIN)
 
     def encode_image(self, pixels: Tensor, class_only: bool = False) -> Tensor:
         """(B, N, D) image tokens; (B, 1, D) and cheaper with `class_only`, enough for `image_features`.
