@@ -2,14 +2,18 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 import torch
+
+from blip_pipelines.jobs.torchrun import environment
 
 NAMES = ("med_step", "loader")
 
 
 def main() -> None:
+    settle()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(NAMES)}; all if none is given")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
@@ -22,6 +26,13 @@ def main() -> None:
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     for name in arguments.names or NAMES:
         print(importlib.import_module(f"benchmarks.{name}").main(command, arguments.rounds))
+
+
+def settle() -> None:
+    """Start again under the allocator settings that jobs train under: glibc reads them when a process begins."""
+    settings = {key: value for key, value in environment(threads=1).items() if key.startswith("MALLOC_")}
+    if any(os.environ.get(key) != value for key, value in settings.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], {**os.environ, **settings})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from blip_pipelines.data.storage import write_atomic, write_json
 
 RESULTS = Path(__file__).parent / "results"
 GEMM_SIZE = 2048
+PRELIMINARY = (
+    "\n**Preliminary**: the machine was busy with other work; clock times mean little, ratios of CPU seconds do."
+)
 
 
 def interleaved(
@@ -109,6 +112,7 @@ def write(name: str, found: dict[str, Any], heads: list[str], rows: list[list[st
             f"{about['date']}; {about['processor']}, {about['cores']} cores, {about['threads']} threads, load "
             f"{about['load_at_start']} at the start; {about['system']}; {versions}.",
             f"Command: `{about['command']}`",
+            *([PRELIMINARY] if about["load_at_start"] > (about["cores"] or 1) / 2 else []),
             "",
         ]
     )
