@@ -95,7 +95,8 @@ def prune_vocabulary(
     """A BERT tokenizer cut down to what some texts need, with [DEC] and [ENC] added at the end.
 
     Kept are the special tokens, the letters of ASCII and of the texts (so that any word of known letters still has
-    pieces) and the pieces that occur in the texts. Greedy longest match then splits those texts exactly as the whole vocabulary does.
+    pieces) and the pieces that occur in the texts. Greedy longest match then splits those texts exactly as the whole
+    vocabulary does.
 
     Args:
         tokenizer_json: file or content of a WordPiece `tokenizer.json`.
