@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from blip_pipelines.data.tokens import CaptionTokenizer
 
 
-# Of the LM head's LayerNorm at a `fan_in` start. Its projection is the small word table: with a gain of 1 the logits have
-# std 0.55, and growing them cost a short run hundreds of steps.
+# Of the LM head's LayerNorm at a `fan_in` start. Its projection is the small word table: with a gain of 1 the logits
+# have std 0.55, and growing them cost a short run hundreds of steps.
 LM_HEAD_GAIN = 4.0
 
 

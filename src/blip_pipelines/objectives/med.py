@@ -43,8 +43,8 @@ class LossWeights:
 class MedObjectiveConfig:
     """Constants of the objective; the defaults are BLIP's.
 
-    Differs: `queue_start_step`. While the weights move fast, a feature in the queue differs from a fresh one by its age,
-    and as the positive is always fresh, the encoders learn to tell ages in place of contents (docs/objectives.md).
+    Differs: `queue_start_step`. While the weights move fast, a feature in the queue differs from a fresh one by its
+    age, and as the positive is always fresh, the encoders learn to tell ages in place of contents (docs/objectives.md).
     """
 
     weights: LossWeights = field(default_factory=LossWeights)
