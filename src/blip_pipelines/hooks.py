@@ -23,13 +23,14 @@ from kedro.pipeline.node import Node
 
 from blip_pipelines.config import arithmetic
 from blip_pipelines.pipelines import parameters
+from blip_pipelines.pipelines.rounds import check_rounds, first_round
 
 log = logging.getLogger(__name__)
 
 
 def stage_of(node: Node) -> str:
     """The stage that a node belongs to: each node carries its name as a tag."""
-    return next((stage for stage in parameters.STAGES if stage in node.tags), node.name)
+    return next((tag for tag in sorted(node.tags) if first_round(tag) in parameters.STAGES), node.name)
 
 
 class CheckParameters:
@@ -38,7 +39,9 @@ class CheckParameters:
     @hook_impl
     def after_context_created(self, context: Any) -> None:
         sys.excepthook = print_error
-        parameters.check_stages(context.config_loader["parameters"])
+        values = context.config_loader["parameters"]
+        parameters.check_stages(values)
+        check_rounds(values, Path(context.project_path))
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
@@ -102,7 +105,7 @@ class TrackRuns:
         log.info("%s: %s", stage, node.name)
         if stage not in self._children:
             child = self._children[stage] = self._store.start(stage, self._parent)
-            child.log_parameters(self._catalog.load("parameters").get(stage, {}))
+            child.log_parameters(self._catalog.load("parameters").get(first_round(stage), {}))
             child.monitor(self._tracking["system_metrics_seconds"])
         runs.enter(self._children[stage])
         for name in node.inputs:
@@ -183,8 +186,8 @@ class RecordOutputs:
     def after_pipeline_run(self, run_params: dict[str, Any], catalog: DataCatalog) -> None:
         stages = [
             stage
-            for stage in parameters.STAGES
-            if stage in pipelines and {node.name for node in pipelines[stage].nodes} <= self._nodes_ran
+            for stage in pipelines
+            if stage != "__default__" and {node.name for node in pipelines[stage].nodes} <= self._nodes_ran
         ]
         if not stages:
             return

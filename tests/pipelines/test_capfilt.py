@@ -15,14 +15,15 @@ from kedro.runner import SequentialRunner
 from blip_pipelines.config import ConfigError, read
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.sources import TRUTH_SCHEMA
-from blip_pipelines.data.storage import content_hash, read_json
+from blip_pipelines.data.storage import content_hash, read_json, write_json
 from blip_pipelines.models.exports import load_med
-from blip_pipelines.pipelines.capfilt.nodes import read_parameters
+from blip_pipelines.pipelines.capfilt.nodes import NoTrustedCaptionsError, finetune_captioner, read_parameters
 from blip_pipelines.pipelines.capfilt.pipeline import create_pipeline
 from blip_pipelines.pipelines.datasets import File, Folder, Json, Places, Table
-from blip_pipelines.pipelines.med_bootstrapped.parameters import MedBootstrappedConfig, laid_over
+from blip_pipelines.pipelines.med_bootstrapped.parameters import MedBootstrappedConfig
 from blip_pipelines.pipelines.med_bootstrapped.pipeline import create_pipeline as create_bootstrapped
-from blip_pipelines.pipelines.rounds import block_of, configured_rounds, in_round
+from blip_pipelines.pipelines.parameters import blocks_of, laid_over
+from blip_pipelines.pipelines.rounds import check_rounds, configured_rounds, first_round, in_round
 
 FINETUNE = {
     "optimizer": {"learning_rate": 1e-3},
@@ -154,6 +155,15 @@ def test_a_captioner_and_filter_that_share_parameters_are_one_model(done):
     assert {"itc", "itm", "lm"} <= set(history)
 
 
+def test_a_corpus_without_trusted_captions_is_refused_by_name(tmp_path):
+    pairs, images = write_data_set(tmp_path, [4])
+    manifest = read_json(pairs / "manifest.json")
+    write_json(pairs / "manifest.json", {**manifest, "origins": {"web": 4}})
+    model = export_tiny_med(tmp_path / "model")
+    with pytest.raises(NoTrustedCaptionsError, match=r"no caption of origin human, from which the captioner learns"):
+        finetune_captioner(model, pairs, images, block(tmp_path))
+
+
 def test_only_the_measuring_node_reads_the_known_noise():
     readers = {node.name for number in (1, 2) for node in create_pipeline(number).nodes if "noise" in node.inputs}
     assert readers == {"measure_capfilt", "measure_capfilt_2"}
@@ -175,14 +185,18 @@ def test_a_round_starts_from_the_model_before_and_judges_the_first_corpus_again(
 
 def test_rounds_are_named_from_the_second_on_and_counted_in_conf_base(tmp_path):
     assert [in_round("capfilt", number) for number in (1, 2)] == ["capfilt", "capfilt_2"]
-    assert [block_of(name) for name in ("capfilt", "capfilt_2", "med_bootstrapped_3")] == [
-        *("capfilt", "capfilt", "med_bootstrapped")
+    assert [first_round(name) for name in ("capfilt", "capfilt_2", "blip2_stage1")] == [
+        *("capfilt", "capfilt", "blip2_stage1")
     ]
+    assert blocks_of("med_bootstrapped_2") == ("med_pretraining", "med_bootstrapped")
     assert configured_rounds(tmp_path) == 1
     file = tmp_path / "conf" / "base" / "parameters_capfilt.yml"
     file.parent.mkdir(parents=True)
     file.write_text("capfilt:\n  rounds: 3\n")
     assert configured_rounds(tmp_path) == 3
+    check_rounds({"capfilt": {"rounds": 3}}, tmp_path)
+    with pytest.raises(ConfigError, match=r"capfilt\.rounds: 2, and .*parameters_capfilt\.yml says 3"):
+        check_rounds({"capfilt": {"rounds": 2}}, tmp_path)
 
 
 def test_a_prompt_that_the_captioner_was_not_trained_with_is_refused(tmp_path):

@@ -29,7 +29,10 @@ def test_a_wrong_parameter_fails_with_one_line_that_says_what_is_known(project, 
 def test_kedro_viz_draws_every_stage(project):
     project.run("kedro", "viz", "build")
     drawn = (project.root / "build" / "api" / "main").read_text("utf-8")
-    assert all(f'"{node}"' in drawn for node in ("ingest", "pretrain", "evaluate_med", "register", "report"))
+    assert all(
+        f'"{node}"' in drawn
+        for node in ("ingest", "pretrain", "judge_captions", "evaluate_med_bootstrapped", "register", "report")
+    )
 
 
 @pytest.mark.slow

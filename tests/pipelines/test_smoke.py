@@ -11,7 +11,7 @@ from blip_pipelines.tracking.runs import Store
 
 PACKAGES = ROOT / "data" / "01_raw" / "packages"
 SMOKE = ("kedro", "run", "--env", "smoke")
-STAGES = ("ingestion", "med_pretraining", "evaluation", "release")
+STAGES = ("ingestion", "med_pretraining", "capfilt", "med_bootstrapped", "evaluation", "release")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,6 @@ def test_registered_models_are_asked_by_alias(project, runs):
 
     store, _ = runs
     mlflow.set_tracking_uri(store.uri)
-    for name in ("blip-captioner", "blip-retriever"):
+    for name in ("blip-captioner", "blip-retriever", "blip-filter"):
         model = mlflow.pyfunc.load_model(f"models:/{name}@candidate")
         assert len(model.predict(pd.DataFrame(model.input_example))) == 1

@@ -78,6 +78,7 @@ class Evidence:
     noise: Path | None = None
     contracts: Sequence[dict] = ()
     docs: str | None = None  # address of the Data Docs, relative to the page
+    decided: Mapping[str, Path] = field(default_factory=dict)  # by round of CapFilt, its judged captions
     pictures: Pictures = field(init=False)
 
     def __post_init__(self) -> None:

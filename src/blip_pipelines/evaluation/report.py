@@ -25,6 +25,7 @@ from blip_pipelines.evaluation.evidence import (
     subsets,
 )
 from blip_pipelines.evaluation.figures import bar_chart, line_chart
+from blip_pipelines.evaluation.filtered import filtered
 from blip_pipelines.evaluation.gallery import captions, retrieval, samples
 from blip_pipelines.evaluation.page import (
     Html,
@@ -48,6 +49,7 @@ SUBSETS = {
 DOES = {
     "ingestion": "pictures, captions, contracts",
     "med_pretraining": "ITC + ITM + LM",
+    "capfilt": "captioner writes, filter judges",
     "med_bootstrapped": "ITC + ITM + LM on the new corpus",
     "evaluation": "retrieval, captions",
     "release": "gate, register",
@@ -88,6 +90,7 @@ def write_report(
     noise: Path | None = None,
     contracts: Sequence[dict] = (),
     docs: Path | None = None,
+    decided: Mapping[str, Path] | None = None,
 ) -> None:
     """Write the self-contained page `out`.
 
@@ -104,6 +107,7 @@ def write_report(
         noise: the evaluator's side file; only with it are corrupted samples marked.
         contracts: a row for each rule: `rule`, `severity`, `passed`, `checked`, `failed`.
         docs: the folder of Data Docs, linked relative to the page.
+        decided: by round of CapFilt, the folder of its judged captions.
     """
     entrance = next(iter(sorted(docs.rglob("index.html"), key=lambda path: len(path.parts))), None) if docs else None
     evidence = Evidence(
@@ -119,6 +123,7 @@ def write_report(
         noise=noise,
         contracts=contracts,
         docs=Path(os.path.relpath(entrance, out.parent)).as_posix() if entrance else None,
+        decided=decided or {},
     )
     head = tag("header", tag("h1", "What this run did"), overview(evidence), pipeline_picture(evidence))
     sections = [(anchor, title, show(evidence)) for anchor, title, show in SECTIONS]
@@ -333,6 +338,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Evidence], Html]], ...] = (
     ("samples", "What it learnt from", samples),
     ("quarantine", "What ingestion refused", refused),
     ("contracts", "Data contracts", contract_results),
+    ("capfilt", "What CapFilt kept and dropped", filtered),
     ("curves", "How it learnt", curves),
     ("retrieval", "Retrieval, right and wrong", retrieval),
     ("captions", "Captions it wrote", captions),

@@ -236,6 +236,7 @@ SERVED = {
         lambda: pd.DataFrame({"image": [_example_image()], "texts": [["a red square", "a dog"]]}),
     ),
 }
+SERVED["blip-filter"] = SERVED["blip-retriever"]  # asked in the same way; its match probabilities are what it is for
 
 
 def _column(table: pd.DataFrame, name: str, required: bool = False) -> list[Any]:

@@ -11,8 +11,10 @@ from importlib import import_module
 from typing import Any
 
 from blip_pipelines.config import ConfigError, read
+from blip_pipelines.pipelines.rounds import first_round
 
-STAGES = ("ingestion", "med_pretraining", "evaluation", "release")
+STAGES = ("ingestion", "med_pretraining", "capfilt", "med_bootstrapped", "evaluation", "release")
+EXTENDS = {"med_bootstrapped": "med_pretraining"}  # stages whose block says only what differs from another's
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,30 @@ def check_stages(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}: unknown block of parameters; {hint}")
 
 
+def blocks_of(stage: str) -> tuple[str, ...]:
+    """The blocks that a stage reads, later ones laid over earlier ones; all rounds read those of the first."""
+    block = first_round(stage)
+    return (EXTENDS[block], block) if block in EXTENDS else (block,)
+
+
 def read_stage(stage: str, values: Mapping[str, Any]) -> Stage:
     """The block of one stage out of all parameters, as `nodes.read_parameters` of the stage reads it.
 
     Raises:
         ConfigError: the block is missing or wrong.
     """
-    if stage not in values:
-        raise ConfigError(f"{stage}: no such block of parameters; add conf/base/parameters_{stage}.yml")
-    return import_module(f"blip_pipelines.pipelines.{stage}.nodes").read_parameters(values[stage])
+    found: dict[str, Any] = {}
+    for block in blocks_of(stage):
+        if block not in values:
+            raise ConfigError(f"{block}: no such block of parameters; add conf/base/parameters_{block}.yml")
+        found = laid_over(found, values[block])
+    return import_module(f"blip_pipelines.pipelines.{first_round(stage)}.nodes").read_parameters(found)
+
+
+def laid_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The block `base` with the values of `over` in their places, block by block."""
+    both = {**base, **over}
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], Mapping) and isinstance(over[key], Mapping):
+            both[key] = laid_over(base[key], over[key])
+    return both

@@ -30,7 +30,8 @@ def render(root: Path) -> str:
 
     bootstrap_project(root)
     config = OmegaConfigLoader(str(root / "conf"), base_env="base", default_run_env="base")
-    catalog, values = config["catalog"], config["parameters"]
+    values = config["parameters"]
+    catalog = _entries(config["catalog"], set().union(*(pipeline.datasets() for pipeline in pipelines.values())))
     stages = {name: each for name, each in pipelines.items() if name != "__default__"}
     document = {
         "stages": {name: _stage(name, stages[name], catalog, values) for name in stages},
@@ -64,10 +65,22 @@ def _stage(name: str, pipeline: Any, catalog: Mapping[str, Any], values: Mapping
     return {
         "cmd": f"kedro run --pipelines {name}",
         "deps": [*sorted(read - {None}), "constraints.txt", *_code(pipeline, entries)],
-        "params": [{f"conf/base/parameters_{name}.yml": list(_parameter_keys(name, values))}],
+        "params": [
+            {f"conf/base/parameters_{block}.yml": keys} for block, keys in _parameter_keys(name, values).items()
+        ],
         "outs": [_out(entry) for entry in outs],
         **({"metrics": [_out(entry) for entry in metrics]} if metrics else {}),
     }
+
+
+def _entries(catalog: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """What the catalog says of the data sets that it knows, by name or by pattern."""
+    from kedro.io import CatalogConfigResolver
+
+    rest = {"{default}": {"type": "kedro.io.MemoryDataset"}}
+    resolver = CatalogConfigResolver(dict(catalog), default_runtime_patterns=rest)
+    known = [name for name in sorted(names) if name in catalog or resolver.match_dataset_pattern(name)]
+    return {name: resolver.resolve_pattern(name) for name in known}
 
 
 def _made(pipeline: Any, catalog: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -103,10 +116,12 @@ def _code(pipeline: Any, entries: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"src/{package.name}/{name}" for name in files if name not in WATCHERS]
 
 
-def _parameter_keys(stage: str, values: Mapping[str, Any]) -> Iterator[str]:
-    from blip_pipelines.pipelines.parameters import read_stage
+def _parameter_keys(stage: str, values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The keys of each block that the stage reads."""
+    from blip_pipelines.pipelines.parameters import blocks_of, read_stage
 
-    yield from arithmetic_keys(read_stage(stage, values).config, values[stage], stage)
+    config = read_stage(stage, values).config
+    return {block: list(arithmetic_keys(config, values[block], block)) for block in blocks_of(stage)}
 
 
 def arithmetic_keys(config: Any, block: Mapping[str, Any], name: str) -> Iterator[str]:

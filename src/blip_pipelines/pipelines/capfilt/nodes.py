@@ -25,6 +25,10 @@ CONTRACTS = ("blip_pipelines.data.contracts", "blip_pipelines.data.quality", "bl
 Trained = tuple[Receipt, list[dict[str, float]], dict[str, Any]]
 
 
+class NoTrustedCaptionsError(RuntimeError):
+    """A corpus without the captions that captioner and filter learn from."""
+
+
 def read_parameters(block: dict[str, Any]) -> Stage:
     from blip_pipelines.jobs.launch import LaunchConfig
     from blip_pipelines.pipelines.capfilt.parameters import CapfiltConfig
@@ -39,9 +43,7 @@ def finetune_captioner(model: Path, pairs: Path, images: Path, parameters: dict[
         The receipt of the captioner's exports; the curves; the run record.
     """
     stage = read_parameters(parameters)
-    block = stage.values["captioner"]
-    if not stage.config.decoupled:
-        block = _shared(stage.values)
+    block = stage.values["captioner"] if stage.config.decoupled else _shared(stage.values)
     return _finetune("captioner", block, stage, {"start": model, "pairs": pairs, "images": images})
 
 
@@ -58,12 +60,18 @@ def finetune_filter(model: Path, pairs: Path, images: Path, parameters: dict[str
 
 def _finetune(name: str, block: dict[str, Any], stage: Stage, inputs: Mapping[str, Path]) -> Trained:
     from blip_pipelines.config import read
-    from blip_pipelines.data.storage import read_json
+    from blip_pipelines.data.storage import MANIFEST, read_json
     from blip_pipelines.jobs.med_pretraining import Config
     from blip_pipelines.models.exports import NOTE
     from blip_pipelines.pipelines.capfilt.parameters import job_values
 
     values = job_values(block, read_json(inputs["start"] / NOTE))
+    counts = read_json(inputs["pairs"] / MANIFEST).get("origins")
+    if counts is not None and not any(counts.get(origin) for origin in values["origins"]):
+        raise NoTrustedCaptionsError(
+            f"{inputs['pairs']}: no caption of origin {' or '.join(values['origins'])}, from which the {name} learns; "
+            f"say which captions you trust (column origin, docs/your-data.md), or set capfilt.{name}.origins"
+        )
     done = launched(FINETUNE, Stage(read(Config, values, f"capfilt.{name}"), values, stage.launch), inputs, f"{name}.")
     return done.receipt, done.history, done.record
 
@@ -137,6 +145,7 @@ def compose(
         for path in made.values():
             shutil.rmtree(path, ignore_errors=True)
         facts = write_corpus(pairs, judged, stage.config.rule, number, made["pairs"], made["decided"])
+        facts["rule"] = decides["rule"]
         receipt = work.note(made, facts, time.monotonic() - started)
     return made["pairs"], made["decided"], run_record(receipt)
 

@@ -52,7 +52,7 @@ class CapfiltConfig:
     judge: capfilt_judge.Config = field(default_factory=capfilt_judge.Config)
     rule: RuleConfig = field(default_factory=RuleConfig)
     contracts: ContractsConfig = field(default_factory=ContractsConfig)
-    rounds: int = 1
+    rounds: int = speed_only(1)  # a round's result does not depend on how many follow
     decoupled: bool = True
 
     def __post_init__(self) -> None:

@@ -1,13 +1,9 @@
 """A pretrained MED and its corpus → captioner, filter, the next corpus."""
 
-from collections.abc import Callable
-from functools import partial, update_wrapper
-from typing import Any
-
 from kedro.pipeline import Node, Pipeline
 
 from blip_pipelines.pipelines.capfilt import nodes
-from blip_pipelines.pipelines.rounds import in_round
+from blip_pipelines.pipelines.rounds import in_round, with_known
 
 
 def create_pipeline(number: int = 1) -> Pipeline:
@@ -37,7 +33,7 @@ def create_pipeline(number: int = 1) -> Pipeline:
                 name=in_round("finetune_filter", number),
             ),
             Node(
-                _of(nodes.write_captions, number=number),
+                with_known(nodes.write_captions, number=number),
                 [made("captioner"), "pairs", "images", parameters],
                 [made("synthetic"), made("write_record")],
                 name=in_round("write_captions", number),
@@ -49,7 +45,7 @@ def create_pipeline(number: int = 1) -> Pipeline:
                 name=in_round("judge_captions", number),
             ),
             Node(
-                _of(nodes.compose, number=number),
+                with_known(nodes.compose, number=number),
                 ["pairs", made("judged"), made("places"), parameters],
                 [made("pairs"), made("decided"), made("compose_record")],
                 name=in_round("compose", number),
@@ -61,7 +57,7 @@ def create_pipeline(number: int = 1) -> Pipeline:
                 name=in_round("check_composed", number),
             ),
             Node(
-                _of(nodes.measure, stage=stage),
+                with_known(nodes.measure, stage=stage),
                 [
                     *(made("decided"), "noise", made("shift")),
                     *(made(f"{part}_record") for part in ("captioner", "filter", "write", "judge", "compose")),
@@ -72,8 +68,3 @@ def create_pipeline(number: int = 1) -> Pipeline:
         ],
         tags=stage,
     )
-
-
-def _of(node: Callable[..., Any], **known: Any) -> Callable[..., Any]:
-    """The node's function with arguments that its round decides."""
-    return update_wrapper(partial(node, **known), node)

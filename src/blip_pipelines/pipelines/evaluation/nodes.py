@@ -1,5 +1,6 @@
-"""Evaluation on the test halves, each read once: retrieval both ways, captions by beam and nucleus."""
+"""Evaluation on the test halves, each read once: retrieval both ways, captions; later models beside the first."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,43 @@ def read_parameters(block: dict[str, Any]) -> Stage:
 
 
 def evaluate_med(
-    model: Path, pairs: Path, images: Path, parameters: dict[str, Any]
+    model: Path, pairs: Path, images: Path, parameters: dict[str, Any], *, stage: str = "med_pretraining"
 ) -> tuple[Receipt, dict[str, float], dict[str, Any]]:
     """Predictions and measures of an exported MED.
 
+    Args:
+        stage: that trained the model.
+
     Returns:
-        The receipt of the predictions, one row a sample; flat measures `med_pretraining/<metric>/<subset>`; the run
-        record.
+        The receipt of the predictions, one row a sample; flat measures `<stage>/<metric>/<subset>`; the run record.
     """
     done = launched(JOB, read_parameters(parameters), {"model": model, "pairs": pairs, "images": images})
-    measures = {f"med_pretraining/{name}": value for name, value in done.receipt.facts["metrics"].items()}
+    measures = {f"{stage}/{name}": value for name, value in done.receipt.facts["metrics"].items()}
     return done.receipt, measures, done.record
+
+
+def compare_meds(
+    parameters: dict[str, Any], *parts: Any, stages: tuple[str, ...]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """All measures together, and whether each later model is better than the one of the first stage.
+
+    Args:
+        parts: for each of `stages` its predictions, then for each its measures, then for each its run record.
+
+    Returns:
+        Flat measures, with `<stage>/<metric>_over_<first stage>/<subset>` and its ends `_low` and `_high`; the run
+        record of the stage.
+    """
+    from blip_pipelines.evaluation.comparison import compare
+
+    started, config = time.monotonic(), read_parameters(parameters).config
+    count = len(stages)
+    predictions, measures, records = parts[:count], parts[count : 2 * count], parts[2 * count :]
+    metrics = {name: value for each in measures for name, value in each.items()}
+    for stage, folder in zip(stages[1:], predictions[1:], strict=True):
+        for (metric, subset), found in compare(folder, predictions[0], config.bootstrap_draws, config.seed).items():
+            for end, value in (("", found.mean), ("_low", found.low), ("_high", found.high)):
+                metrics[f"{stage}/{metric}_over_{stages[0]}{end}/{subset}"] = value
+    seconds = sum(record["seconds"] for record in records) + time.monotonic() - started
+    reused = all(record["reused"] for record in records)
+    return metrics, {"seconds": seconds, "reused": reused, "parts": dict(zip(stages, records, strict=True))}

@@ -6,7 +6,7 @@ from typing import Any
 from blip_pipelines.jobs.receipt import Receipt
 from blip_pipelines.pipelines.launching import launched
 from blip_pipelines.pipelines.med_pretraining.nodes import check_seal
-from blip_pipelines.pipelines.parameters import Stage, read_block
+from blip_pipelines.pipelines.parameters import Stage, laid_over, read_block
 
 JOB = "blip_pipelines.jobs.med_pretraining"
 
@@ -41,8 +41,6 @@ def pretrain(
     Raises:
         UncheckedPairsError: the pairs are not those that were checked.
     """
-    from blip_pipelines.pipelines.med_bootstrapped.parameters import laid_over
-
     check_seal(pairs, checked)
     stage = read_parameters(laid_over(pretraining, parameters))
     inputs = {"pairs": pairs, "images": images, "packages": packages}

@@ -10,7 +10,7 @@ from typing import Any
 from blip_pipelines.pipelines.parameters import Stage, read_block
 from blip_pipelines.pipelines.work import WorkConfig
 
-REGISTERED = ("blip-captioner", "blip-retriever")
+SERVED_BY = {"med": ("blip-captioner", "blip-retriever"), "filter": ("blip-filter",)}
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,24 @@ def read_parameters(block: dict[str, Any]) -> Stage:
 
 
 def register(
-    model: Path, pairs: Path, metrics: dict[str, float], run: dict[str, Any], parameters: dict[str, Any]
+    model: Path,
+    pairs: Path,
+    run: dict[str, Any],
+    judge: Path,
+    judged_pairs: Path,
+    judge_run: dict[str, Any],
+    metrics: dict[str, float],
+    capfilt_metrics: dict[str, float],
+    parameters: dict[str, Any],
+    *,
+    stages: tuple[str, str] = ("med_bootstrapped", "capfilt"),
 ) -> dict[str, Any]:
-    """Register the captioner and the retriever of one model folder, with the hashes of what made them.
+    """Register captioner and retriever out of the last model, and the filter, with the hashes of what made them.
 
     Args:
-        run: the record of the run that trained it.
+        model, pairs, run: the last pretraining: its exports, what it was trained on, its run record.
+        judge, judged_pairs, judge_run: the same of the filter.
+        stages: of the two.
 
     Returns:
         `models`, a row each: name, version, alias, stage; and `seconds`. The same content is registered once.
@@ -40,15 +52,20 @@ def register(
     from blip_pipelines.inference.served import SERVED
     from blip_pipelines.tracking.registry import register_served
 
-    made_from = {
-        "stage": "med_pretraining",
-        "model": content_hash(model),
-        "pairs": content_hash(pairs),
-        "fingerprint": run["fingerprint"],
-        "code": run["code"],
-    }
-    alias = read_parameters(parameters).config.alias
-    models = [register_served(name, SERVED[name], model, alias, made_from, metrics) for name in REGISTERED]
+    alias, models = read_parameters(parameters).config.alias, []
+    for kind, stage, folder, data, record, measures in (
+        ("med", stages[0], model, pairs, run, metrics),
+        ("filter", stages[1], judge, judged_pairs, judge_run["parts"]["filter"], capfilt_metrics),
+    ):
+        made_from = {
+            "stage": stage,
+            "model": content_hash(folder),
+            "pairs": content_hash(data),
+            "fingerprint": record["fingerprint"],
+            "code": record["code"],
+        }
+        of_stage = {name: value for name, value in measures.items() if name.startswith(f"{stage}/")}
+        models += [register_served(name, SERVED[name], folder, alias, made_from, of_stage) for name in SERVED_BY[kind]]
     return {"models": models, "seconds": time.monotonic() - started}
 
 
@@ -59,43 +76,39 @@ def report(
     noise: Path,
     contracts: list[dict[str, Any]],
     docs: Path,
-    history: list[dict[str, float]],
-    predictions: Path,
     metrics: dict[str, float],
     registered: dict[str, Any],
-    ingestion: dict[str, Any],
-    med_pretraining: dict[str, Any],
-    evaluation: dict[str, Any],
+    **by_stage: Any,
 ) -> tuple[Callable[[Path], None], dict[str, float]]:
     """The page, as what writes it, and every number on it under flat keys.
 
     Args:
-        history: curves of pretraining.
-        metrics: flat measures `stage/metric/subset`.
-        ingestion, med_pretraining, evaluation: run records.
+        metrics: flat measures `stage/metric/subset` of the evaluation.
+        by_stage: `run_<stage>`, run records; `history_<stage>`, curves; `predictions_<stage>`, folders; of each round
+            of CapFilt also `decided_<stage>`, its judged captions, and `metrics_<stage>`.
     """
     from blip_pipelines.data.sources.packages import WHEELS
     from blip_pipelines.evaluation.report import summary, write_report
 
-    stages = {
-        "ingestion": ingestion,
-        "med_pretraining": med_pretraining,
-        "evaluation": evaluation,
-        "release": {"seconds": registered["seconds"]},
-    }
+    def of(kind: str) -> dict[str, Any]:
+        return {name.removeprefix(f"{kind}_"): by_stage[name] for name in by_stage if name.startswith(f"{kind}_")}
+
+    stages = {**of("run"), "release": {"seconds": registered["seconds"]}}
+    measures = {name: value for each in (metrics, *of("metrics").values()) for name, value in each.items()}
     page = partial(
         write_report,
         stages=stages,
-        metrics=metrics,
+        metrics=measures,
         pairs=pairs,
         images=images,
         quarantine=quarantine,
-        history={"med_pretraining": history},
-        predictions={"med_pretraining": predictions},
+        history=of("history"),
+        predictions=of("predictions"),
+        decided=of("decided"),
         credits=[wheel.credit for wheel in WHEELS.values() if wheel.credit],
         registered=registered["models"],
         noise=noise,
         contracts=contracts,
         docs=docs,
     )
-    return page, summary(metrics, stages)
+    return page, summary(measures, stages)
