@@ -15,6 +15,11 @@ def project(tmp_path_factory):
         ("ingestoin.limit=3", "ConfigError: ingestoin: unknown block of parameters; did you mean 'ingestion'?"),
         ("ingestion.limt=3", "ConfigError: ingestion.limt: unknown parameter; did you mean 'limit'?"),
         ("ingestion.limit=few", "ConfigError: ingestion.limit: expected int, found 'few'"),
+        (
+            "capfilt.rounds=2",
+            "ConfigError: capfilt.rounds: 2, and conf/base/parameters_capfilt.yml says 1; each round is a stage, and "
+            "which stages there are is the same in every environment: change it there, then `make dvc-yaml`",
+        ),
     ],
 )
 def test_a_wrong_parameter_fails_with_one_line_that_says_what_is_known(project, parameter, message):

@@ -37,6 +37,20 @@ def test_a_stage_reads_what_an_earlier_one_writes_and_no_file_is_written_twice()
         written |= set(outs)
 
 
+@pytest.mark.slow
+def test_a_second_round_is_two_more_stages_with_the_parameters_of_the_first(tmp_path):
+    project = Project(tmp_path)
+    project.edit("capfilt", rounds=2)
+    project.run(sys.executable, "-m", "blip_pipelines.tracking.dvc")
+    stages = yaml.safe_load((project.root / "dvc.yaml").read_text())["stages"]
+    first, second = stages["capfilt"], stages["capfilt_2"]
+    assert second["cmd"] == "kedro run --pipelines capfilt_2" and second["params"] == first["params"]
+    assert {"data/06_models/med_bootstrapped", "data/03_primary/capfilt_pairs"} <= set(second["deps"])
+    assert "data/03_primary/capfilt_2_pairs" in stages["med_bootstrapped_2"]["deps"]
+    assert {"data/06_models/med_bootstrapped_2", "data/06_models/capfilt_2/filter"} <= set(stages["release"]["deps"])
+    assert "data/06_models/med_bootstrapped_2" in stages["evaluation"]["deps"]
+
+
 @dataclass(frozen=True)
 class Loop:
     steps: int
