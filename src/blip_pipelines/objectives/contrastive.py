@@ -1,4 +1,4 @@
-"""ITC, the image-text contrastive loss (BLIP 3.2; momentum distillation as ALBEF 3.2).
+"""ITC, the image-text contrastive loss (BLIP 3.2; momentum distillation as ALBEF 3.2; several queries, BLIP-2 3.2).
 
 A row's own side is the online feature, its candidates are the features of the whole global batch and of the queue.
 Two captions of one image, or two equal captions, are positives of one another wherever they meet.
@@ -6,7 +6,8 @@ Two captions of one image, or two equal captions, are positives of one another w
 Differs: BLIP's candidates are the local batch and the queue; the global batch makes the loss independent of the number
 of ranks. BLIP pretrains with one positive a row; here all positives share the weight, as in its retrieval fine-tuning.
 
-Shapes: B own rows, G rows of the global micro-batch, Q queue slots, C = G + Q candidates, E projection.
+Shapes: B own rows, G rows of the global micro-batch, C candidates (G and the slots of the queue), E projection,
+Q queries of an image.
 """
 
 from typing import NamedTuple, Protocol
@@ -40,7 +41,7 @@ class Candidates(NamedTuple):
     text_ids: Tensor  # (C,) int64
 
 
-def similarities(own_BE: Tensor, candidates: list[Tensor], temperature: Tensor) -> Tensor:
+def similarities(own_BE: Tensor, candidates: list[Tensor], temperature: Tensor | float) -> Tensor:
     """(B, C) scaled similarities to the candidates of all blocks; at least float32 whatever the autocast.
 
     Args:
@@ -52,6 +53,12 @@ def similarities(own_BE: Tensor, candidates: list[Tensor], temperature: Tensor) 
         own_BE = at_least_float32(own_BE)
         blocks = [own_BE @ at_least_float32(block_CE).T for block_CE in candidates]
         return torch.cat(blocks, 1) / temperature
+
+
+def query_similarities(image_BQE: Tensor, text_CE: Tensor, temperature: Tensor) -> Tensor:
+    """(B, C) scaled similarities of images to texts: that of the query that is nearest to the text (BLIP-2 3.2)."""
+    similarity_RC = similarities(image_BQE.flatten(0, 1), [text_CE], 1.0)
+    return similarity_RC.unflatten(0, image_BQE.shape[:2]).amax(1) / temperature
 
 
 def positives(image_ids_B: Tensor, text_ids_B: Tensor, image_ids_C: Tensor, text_ids_C: Tensor) -> Tensor:
@@ -69,6 +76,12 @@ def soft_targets(positive_BC: Tensor, believed_BC: Tensor | None, candidate_C: T
         return positive_BC.double() / positive_BC.sum(1, keepdim=True)
     hard_BC = positive_BC.to(believed_BC) / positive_BC.sum(1, keepdim=True)
     return torch.lerp(hard_BC, believed_BC.masked_fill(~candidate_C, -torch.inf).softmax(1), alpha)
+
+
+def smooth_targets(positive_BC: Tensor, label_smoothing: float) -> Tensor:
+    """(B, C) float64 target probabilities: even over positives, and `label_smoothing` of it spread over everyone."""
+    hard_BC = soft_targets(positive_BC, None, positive_BC, 0.0)
+    return (1 - label_smoothing) * hard_BC + label_smoothing / positive_BC.shape[1]
 
 
 def cross_entropy_rows(similarity_BC: Tensor, target_BC: Tensor, candidate_C: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ choice: with none, ITM of a small model stayed at its prior.
 Shapes: B own rows, G rows of the global micro-batch, P pairs scored on this rank.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from blip_pipelines.models.attention import at_least_float32
+from blip_pipelines.objectives.contrastive import Ranks
 
 WEIGHT_FLOOR = 1e-4  # as BLIP: no allowed candidate is ever impossible
 NO_NEGATIVE = -1
@@ -89,6 +91,25 @@ def matching_pairs(text_of_image_B: Tensor, image_of_text_G: Tensor, rank: int, 
         counts=torch.cat([counts_B2.flatten(), image_here >= 0]),
         total=3 * len(image_of_text_G) - 2 * (image_of_text_G < 0).sum(),
     )
+
+
+def draw_pairs(
+    image_to_text_BG: Tensor,
+    text_to_image_BG: Tensor,
+    forbidden_BG: Tensor,
+    draw: Callable[[str], Tensor],
+    uniform_share: float,
+    ranks: Ranks,
+) -> MatchingPairs:
+    """The pairs of this rank with negatives drawn for both sides; a collective.
+
+    Args:
+        image_to_text_BG, text_to_image_BG: similarities of the own rows, as `hard_negatives` takes them.
+        draw: numbers in [0, 1) for the own rows, (B,) float64, by what they are for.
+    """
+    text_of_image_B = hard_negatives(image_to_text_BG, forbidden_BG, draw("negative of image"), uniform_share)
+    image_of_text_B = hard_negatives(text_to_image_BG, forbidden_BG, draw("negative of text"), uniform_share)
+    return matching_pairs(text_of_image_B, ranks.gather(image_of_text_B), ranks.rank, ranks.ranks)
 
 
 def itm_share(logits_P2: Tensor, pairs: MatchingPairs) -> tuple[Tensor, Tensor]:
