@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from blip_pipelines.data.composition import REPEATS
 from blip_pipelines.evaluation.filtering import (
     filter_metrics,
     measure_capfilt,
@@ -59,14 +60,14 @@ def test_synthetic_captions_are_held_against_the_nearest_truth():
     assert found == {
         "synthetic_exact": pytest.approx(1 / 3),
         "synthetic_token_f1": pytest.approx((1 + 4 / 5 + 0) / 3),
-        "synthetic_exact_kept": 0.5,
-        "synthetic_token_f1_kept": pytest.approx(0.9),
+        "synthetic_exact_passed": 0.5,
+        "synthetic_token_f1_passed": pytest.approx(0.9),
     }
 
 
 def table(*rows):
-    names = ("key", "caption", "origin", "match_probability", "kept")
-    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows])
+    names = ("key", "caption", "origin", "match_probability", "kept", "reason")
+    return pa.Table.from_pylist([dict(zip(names, (*row, *[""] * (6 - len(row))), strict=True)) for row in rows])
 
 
 NOISE = pa.Table.from_pylist(
@@ -88,7 +89,13 @@ def test_decided_rows_are_joined_with_the_noise_by_image_and_caption():
     found = measure_capfilt(decided, NOISE)
     assert (found["filter_roc_auc"], found["filter_precision"], found["filter_recall"]) == (1, 1, 1)
     assert (found["web_purity_before"], found["web_purity_after"]) == (0.5, 1)
-    assert (found["synthetic_exact"], found["synthetic_exact_kept"]) == (0.5, 1)
+    assert (found["synthetic_exact"], found["synthetic_exact_passed"]) == (0.5, 1)
+
+
+def test_a_caption_that_only_repeats_a_kept_one_has_passed_the_filter():
+    decided = table(("k0", "a dog", "synthetic", 0.9, False, REPEATS), ("k1", "a fish", "synthetic", 0.1, False))
+    found = measure_capfilt(decided, NOISE)
+    assert (found["synthetic_exact"], found["synthetic_exact_passed"]) == (0.5, 1)
 
 
 def test_a_corpus_of_unknown_noise_has_no_measures():

@@ -20,6 +20,8 @@ from blip_pipelines.data.pairs import Pairs, write_pairs
 from blip_pipelines.data.records import PAIR_SCHEMA
 from blip_pipelines.data.storage import StorageError
 
+REPEATS = "repeats a kept caption of its image"  # the reason of a caption that is dropped though it passed
+
 
 @dataclass(frozen=True)
 class RuleConfig:
@@ -213,7 +215,7 @@ def _drop_repeats(unchanged: pa.Table, judged: pa.Table, kept: np.ndarray, reaso
     seen = {*_texts(unchanged), *(texts[row] for row in np.flatnonzero(kept & ~is_synthetic))}
     for row in np.flatnonzero(kept & is_synthetic).tolist():
         if texts[row] in seen:
-            kept[row], reasons[row] = False, "repeats a kept caption of its image"
+            kept[row], reasons[row] = False, REPEATS
         seen.add(texts[row])
 
 

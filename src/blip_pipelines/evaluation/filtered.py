@@ -26,8 +26,8 @@ MEASURES = {
     "web_purity_after": "of the kept web captions, right",
     "synthetic_exact": "of the synthetic captions, right word for word",
     "synthetic_token_f1": "words that synthetic captions share with the truth (F1)",
-    "synthetic_exact_kept": "of the kept synthetic captions, right word for word",
-    "synthetic_token_f1_kept": "words that kept synthetic captions share with the truth (F1)",
+    "synthetic_exact_passed": "of those that passed the filter, right word for word",
+    "synthetic_token_f1_passed": "words that those share with the truth (F1)",
     "vocabulary_shift": "shift of the vocabulary, in bits",
     "length_shift": "shift of the words per caption",
 }

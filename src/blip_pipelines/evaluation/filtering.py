@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from blip_pipelines.data.composition import REPEATS
 from blip_pipelines.evaluation.captioning import tokenise
 
 CLEAN = "clean"
-COLUMNS = ("key", "caption", "origin", "match_probability", "kept")  # of decided rows, that are looked at here
+COLUMNS = ("key", "caption", "origin", "match_probability", "kept", "reason")  # of decided rows, that are looked at
 
 
 def measure_capfilt(decided: pa.Table, noise: pa.Table) -> dict[str, float]:
@@ -43,7 +44,7 @@ def measure_capfilt(decided: pa.Table, noise: pa.Table) -> dict[str, float]:
         metrics |= synthetic_metrics(
             [row["caption"] for row in synthetic],
             [sorted(truths[row["key"]]) for row in synthetic],
-            np.array([row["kept"] for row in synthetic], dtype=bool),
+            np.array([row["kept"] or row["reason"] == REPEATS for row in synthetic], dtype=bool),
         )
     return metrics
 
@@ -76,15 +77,18 @@ def filter_metrics(probability_P: np.ndarray, kept_P: np.ndarray, kinds: Sequenc
     return {name: value for name, value in metrics.items() if not np.isnan(value)}
 
 
-def synthetic_metrics(captions: Sequence[str], truths: Sequence[Sequence[str]], kept_P: np.ndarray) -> dict[str, float]:
-    """How right written captions are, all of them and the kept ones.
+def synthetic_metrics(
+    captions: Sequence[str], truths: Sequence[Sequence[str]], passed_P: np.ndarray
+) -> dict[str, float]:
+    """How right written captions are, all of them and those that the filter let pass.
 
     Args:
         captions: P captions; truths: for each what a person would have written, one text or more.
+        passed_P: bool; those that were dropped only because the image has such a caption already are in.
 
     Returns:
         `synthetic_exact`, the share that equals a truth token for token; `synthetic_token_f1`, the mean of the best F1
-        of its tokens with a truth's; both with `_kept` of the kept captions alone.
+        of its tokens with a truth's; both with `_passed` of those that passed.
     """
     pairs = [
         (tokenise(caption), [tokenise(truth) for truth in texts])
@@ -93,9 +97,9 @@ def synthetic_metrics(captions: Sequence[str], truths: Sequence[Sequence[str]], 
     exact_P = np.array([written in wanted for written, wanted in pairs])
     best_P = np.array([max(token_f1(written, truth) for truth in wanted) for written, wanted in pairs])
     metrics = {"synthetic_exact": float(exact_P.mean()), "synthetic_token_f1": float(best_P.mean())}
-    if kept_P.any():
-        metrics["synthetic_exact_kept"] = float(exact_P[kept_P].mean())
-        metrics["synthetic_token_f1_kept"] = float(best_P[kept_P].mean())
+    if passed_P.any():
+        metrics["synthetic_exact_passed"] = float(exact_P[passed_P].mean())
+        metrics["synthetic_token_f1_passed"] = float(best_P[passed_P].mean())
     return metrics
 
 
