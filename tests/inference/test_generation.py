@@ -29,7 +29,7 @@ def chatty_med(seed=0):
             encoder_layer.crossattention.output.dense.weight.mul_(2)
             decoder_layer.attention.output.dense.weight.mul_(4)
         head = med.text_decoder.cls["predictions"]
-        head.transform.LayerNorm.weight.mul_(1.5)
+        head.transform.LayerNorm.weight.fill_(1.5)
         head.bias[SEP] += 1.5
     return med
 
