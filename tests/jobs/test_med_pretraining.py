@@ -148,7 +148,7 @@ def test_workers_killed_at_a_random_moment_leave_the_same_bytes_in_the_end(
     tmp_path: Path, data: dict[str, Path]
 ) -> None:
     settings = config(data)
-    settings["training"] |= {"steps": 40, "checkpoint_every_steps": 3, "validate_every_steps": 0}
+    settings["training"] |= {"steps": 80, "checkpoint_every_steps": 3, "validate_every_steps": 0}
     two = {"mode": "torchrun", "processes": 2}
     uncut = outputs(start(tmp_path / "uncut", data, settings, **two))
     thread = threading.Thread(target=_kill_a_worker, args=(tmp_path / "cut" / "work",))
@@ -158,7 +158,7 @@ def test_workers_killed_at_a_random_moment_leave_the_same_bytes_in_the_end(
     thread.join()
     rows: list[Any] = []
     assert outputs(start(tmp_path / "cut", data, settings, rows.extend, **two)) == uncut
-    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["step"] for row in rows] == list(range(1, 81))
 
 
 def _kill_a_worker(work: Path) -> None:

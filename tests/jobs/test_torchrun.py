@@ -77,7 +77,9 @@ class StandIn:
     def __init__(self, root: Path):
         config = json.dumps({**CONFIG, "step_seconds": 0.05})
         code = (
-            "import json, sys; from blip_pipelines.jobs.launch import LaunchConfig, launch\n"
+            # A shell starts what it puts in the background with Ctrl-C ignored; whoever types it has it.
+            "import json, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "from blip_pipelines.jobs.launch import LaunchConfig, launch\n"
             f"launch('engine_samples', json.loads('{config}'), {{}}, "
             f"LaunchConfig(processes=1, threads_per_rank=1, work={str(root)!r}))"
         )
