@@ -9,6 +9,7 @@ from data_samples import picture
 from project_samples import ROOT, Project
 
 from blip_pipelines.config import speed_only
+from blip_pipelines.data.storage import read_json
 from blip_pipelines.tracking.dvc import arithmetic_keys, render
 
 
@@ -115,3 +116,38 @@ def test_kedro_run_leaves_dvc_nothing_to_do_and_dvc_reruns_what_a_change_touches
 def test_tracked_parameters_are_plain_yaml_which_dvc_can_edit():
     for path in (ROOT / "conf" / "base").glob("parameters*.yml"):
         assert "${" not in path.read_text("utf-8"), f"{path}: interpolation belongs into the catalog"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_another_rule_of_capfilt_reruns_its_stage_and_neither_writes_nor_scores_again(tmp_path):
+    project = Project(tmp_path)
+    project.take_photos(32)
+    training = {"steps": 2, "batch_samples_global": 8, "precision": "float32"}
+    part = {"origins": ["web"], "optimizer": {"learning_rate": 1e-3}, "training": training}
+    settings = {
+        "captioner": {**part, "objective": {"weights": {"itc": 0, "itm": 0, "lm": 1}}},
+        "filter": {**part, "objective": {"weights": {"itc": 1, "itm": 1, "lm": 0}, "momentum": None}},
+        "contracts": {"severity": {"vocabulary_shift": "warn"}, "min_keep_rate": 0.0},
+        "launch": {"mode": "inline"},
+    }
+    project.edit("capfilt", **settings, rule={"filter_web": False, "filter_synthetic": False})
+    project.run("git", "init", "--quiet", ".")
+    project.run(sys.executable, "-m", "blip_pipelines.tracking.dvc")
+    project.run("dvc", "repro", "capfilt")
+
+    def written() -> dict:
+        made = (project.root / "data" / name for name in ("06_models/capfilt", "07_model_output/capfilt"))
+        files = (
+            path for folder in made for path in folder.rglob("*") if path.is_file() and "decided" not in path.parts
+        )
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    corpus = project.root / "data" / "03_primary" / "capfilt_pairs" / "manifest.json"
+    before, all_rows = written(), read_json(corpus)["rows"]
+    project.edit("capfilt", rule={"synthetic": False, "filter_web": False})
+    output = project.run("dvc", "repro", "capfilt")
+    assert "Running stage 'capfilt'" in output
+    assert written() == before and len(before) > 10
+    assert read_json(corpus)["rows"] < all_rows
+    assert "up to date" in project.run("dvc", "status", "capfilt")
