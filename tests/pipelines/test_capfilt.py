@@ -174,6 +174,8 @@ def test_a_round_starts_from_the_model_before_and_judges_the_first_corpus_again(
     inputs = {"pairs", "images", "noise", "params:capfilt"}
     assert first.inputs() == inputs | {"med_pretraining_model", "capfilt_places"}
     assert second.inputs() == inputs | {"med_bootstrapped_model", "capfilt_2_places", "capfilt_pairs"}
+    learns = next(node for node in second.nodes if node.name == "finetune_captioner_2")
+    assert "capfilt_pairs" in learns.inputs and "pairs" not in learns.inputs
     assert create_bootstrapped(2).inputs() >= {"capfilt_2_pairs", "capfilt_2_pairs_checked", "med_bootstrapped_model"}
     assert create_bootstrapped(1).inputs() >= {"capfilt_pairs", "med_pretraining_model"}
     both = first + second + create_bootstrapped(1) + create_bootstrapped(2)

@@ -20,7 +20,7 @@ class FinetuneConfig:
 
     Args:
         objective: the captioner has weights of LM alone, the filter of ITC and ITM.
-        origins: captions to train on.
+        origins: captions to train on; in later rounds those of origin web are what the last round kept.
         image: what differs from the model's `ImageConfig`, such as `crop_scale`.
     """
 

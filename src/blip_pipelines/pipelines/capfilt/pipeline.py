@@ -7,7 +7,7 @@ from blip_pipelines.pipelines.rounds import in_round, with_known
 
 
 def create_pipeline(number: int = 1) -> Pipeline:
-    """One round. It judges the captions of ingestion, with models from the pretraining before it."""
+    """One round: its models go on from the last pretraining and its corpus, and judge the captions of ingestion."""
     stage, parameters = in_round("capfilt", number), "params:capfilt"
     if number == 1:
         model, before = "med_pretraining_model", "pairs"
@@ -22,13 +22,13 @@ def create_pipeline(number: int = 1) -> Pipeline:
         [
             Node(
                 nodes.finetune_captioner,
-                [model, "pairs", "images", parameters],
+                [model, before, "images", parameters],
                 [made("captioner"), made("captioner_history"), made("captioner_record")],
                 name=in_round("finetune_captioner", number),
             ),
             Node(
                 nodes.finetune_filter,
-                [model, "pairs", "images", parameters],
+                [model, before, "images", parameters],
                 [made("filter"), made("filter_history"), made("filter_record")],
                 name=in_round("finetune_filter", number),
             ),
