@@ -17,7 +17,7 @@ from inference_samples import random_stem
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.loader import DataError, Loader
 from blip_pipelines.data.storage import read_json
-from blip_pipelines.jobs import med_pretraining
+from blip_pipelines.jobs import med_pretraining, torchrun
 from blip_pipelines.jobs.launch import LaunchConfig, launch
 from blip_pipelines.jobs.receipt import Receipt
 from blip_pipelines.jobs.torchrun import JobFailed
@@ -165,5 +165,7 @@ def _kill_a_worker(work: Path) -> None:
     while not list(work.glob("*/checkpoints/[0-9]*")):
         time.sleep(0.01)
     time.sleep(np.random.default_rng().uniform(0, 0.3))
-    (agent,) = psutil.Process().children()
+    # Other children, such as multiprocessing's resource tracker, may be left of earlier tests.
+    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    (agent,) = (child for child in alive if torchrun.AGENT in child.cmdline())
     os.kill(agent.children()[0].pid, signal.SIGKILL)
