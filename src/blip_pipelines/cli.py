@@ -1,0 +1,22 @@
+"""This project's commands beside Kedro's own, where Kedro looks for them: `kedro --help` lists them.
+
+A command is a `click` command of a module under `commands/`; what is heavy is imported when it is called.
+"""
+
+from collections.abc import Sequence
+
+import click
+from kedro.framework.cli.project import run
+
+__all__ = ["cli", "run"]  # `run` because Kedro, where it finds this module, takes its command from here
+
+COMMANDS: Sequence[click.Command] = ()
+
+
+@click.group()
+def cli() -> None:
+    """Commands of this project."""
+
+
+for command in COMMANDS:
+    cli.add_command(command)

@@ -1,0 +1,1 @@
+"""Commands that a person types beside Kedro's own; one module a subject, light at import."""
