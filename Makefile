@@ -14,7 +14,7 @@ export PYTHONUNBUFFERED := 1
 export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH_BUILD := $(if $(UV_FIND_LINKS),,--torch-backend auto)
 
-.PHONY: help setup packages run smoke test test-fast check format report serve viz benchmarks dvc-yaml constraints clean
+.PHONY: help setup packages run ablations smoke test test-fast check format report serve viz benchmarks dvc-yaml constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,10 @@ data/01_raw/packages/.fetched: packages.txt | .venv/.installed
 
 run: setup packages ## everything: data, training, evaluation, registry, report (ENV=base)
 	$(BIN)/kedro run --env $(ENV)
+
+ablations: setup packages ## after `make run`: what each part is worth, into the report (an hour or more)
+	$(BIN)/kedro ablate
+	$(BIN)/kedro run --pipelines release
 
 smoke: setup ## the whole chain on a tiny set, in a minute or two
 	$(BIN)/kedro run --env smoke

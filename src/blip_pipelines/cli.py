@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import click
 from kedro.framework.cli.project import run
 
+from blip_pipelines.commands.ablate import ablate
+
 __all__ = ["cli", "run"]  # `run` because Kedro, where it finds this module, takes its command from here
 
-COMMANDS: Sequence[click.Command] = ()
+COMMANDS: Sequence[click.Command] = (ablate,)
 
 
 @click.group()

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from blip_pipelines.data import storage
+from blip_pipelines.evaluation.ablation import ablations as ablation_tables
 from blip_pipelines.evaluation.evidence import (
     Evidence,
     fact,
@@ -91,6 +92,7 @@ def write_report(
     contracts: Sequence[dict] = (),
     docs: Path | None = None,
     decided: Mapping[str, Path] | None = None,
+    ablations: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the self-contained page `out`.
 
@@ -108,6 +110,7 @@ def write_report(
         contracts: a row for each rule: `rule`, `severity`, `passed`, `checked`, `failed`.
         docs: the folder of Data Docs, linked relative to the page.
         decided: by round of CapFilt, the folder of its judged captions.
+        ablations: what `evaluation.ablation.collect` found.
     """
     entrance = next(iter(sorted(docs.rglob("index.html"), key=lambda path: len(path.parts))), None) if docs else None
     evidence = Evidence(
@@ -124,6 +127,7 @@ def write_report(
         contracts=contracts,
         docs=Path(os.path.relpath(entrance, out.parent)).as_posix() if entrance else None,
         decided=decided or {},
+        ablations=ablations,
     )
     head = tag("header", tag("h1", "What this run did"), overview(evidence), pipeline_picture(evidence))
     sections = [(anchor, title, show(evidence)) for anchor, title, show in SECTIONS]
@@ -342,6 +346,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Evidence], Html]], ...] = (
     ("curves", "How it learnt", curves),
     ("retrieval", "Retrieval, right and wrong", retrieval),
     ("captions", "Captions it wrote", captions),
+    ("ablations", "What each part is worth", lambda evidence: ablation_tables(evidence.ablations)),
     ("times", "Time and throughput", times),
     ("models", "Registered models", models),
     ("credits", "Credits", credit_list),

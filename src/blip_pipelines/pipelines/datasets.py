@@ -84,6 +84,13 @@ class Json(Folder):
         storage.write_json(self.path, data)
 
 
+class OptionalJson(Json):
+    """The same where nothing may be: None then."""
+
+    def load(self) -> Any:
+        return storage.read_json(self.path) if self.path.exists() else None
+
+
 class Table(Folder):
     """Rows {column: number} as CSV, which `dvc plots` reads; columns in the order of their first appearance."""
 

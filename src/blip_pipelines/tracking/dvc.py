@@ -31,7 +31,7 @@ def render(root: Path) -> str:
     bootstrap_project(root)
     config = OmegaConfigLoader(str(root / "conf"), base_env="base", default_run_env="base")
     values = config["parameters"]
-    catalog = _entries(config["catalog"], set().union(*(pipeline.datasets() for pipeline in pipelines.values())))
+    catalog = catalog_entries(config["catalog"], set().union(*(pipeline.datasets() for pipeline in pipelines.values())))
     stages = {name: each for name, each in pipelines.items() if name != "__default__"}
     document = {
         "stages": {name: _stage(name, stages[name], catalog, values) for name in stages},
@@ -59,7 +59,8 @@ def record(root: Path, stages: Iterable[str]) -> str | None:
 
 def _stage(name: str, pipeline: Any, catalog: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     entries = [catalog[entry] for entry in sorted(pipeline.datasets()) if entry in catalog]
-    read = {catalog[entry].get("filepath") for entry in pipeline.inputs() if entry in catalog}
+    needed = [catalog[entry] for entry in pipeline.inputs() if entry in catalog]
+    read = {entry.get("filepath") for entry in needed if _options(entry).get("dependency", True)}
     outs = [entry for entry in _made(pipeline, catalog) if not _options(entry).get("metric")]
     metrics = [entry for entry in _made(pipeline, catalog) if _options(entry).get("metric")]
     return {
@@ -73,7 +74,7 @@ def _stage(name: str, pipeline: Any, catalog: Mapping[str, Any], values: Mapping
     }
 
 
-def _entries(catalog: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def catalog_entries(catalog: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """What the catalog says of the data sets that it knows, by name or by pattern."""
     from kedro.io import CatalogConfigResolver
 

@@ -78,12 +78,14 @@ def report(
     docs: Path,
     metrics: dict[str, float],
     registered: dict[str, Any],
+    ablations: dict[str, Any] | None,
     **by_stage: Any,
 ) -> tuple[Callable[[Path], None], dict[str, float]]:
     """The page, as what writes it, and every number on it under flat keys.
 
     Args:
         metrics: flat measures `stage/metric/subset` of the evaluation.
+        ablations: what `evaluation.ablation.collect` found; None where they were not run.
         by_stage: `run_<stage>`, run records; `history_<stage>`, curves; `predictions_<stage>`, folders; of each round
             of CapFilt also `decided_<stage>`, its judged captions, and `metrics_<stage>`.
     """
@@ -95,6 +97,8 @@ def report(
 
     stages = {**of("run"), "release": {"seconds": registered["seconds"]}}
     measures = {name: value for each in (metrics, *of("metrics").values()) for name, value in each.items()}
+    if ablations:
+        measures |= ablations["metrics"]
     page = partial(
         write_report,
         stages=stages,
@@ -110,5 +114,6 @@ def report(
         noise=noise,
         contracts=contracts,
         docs=docs,
+        ablations=ablations,
     )
     return page, summary(measures, stages)

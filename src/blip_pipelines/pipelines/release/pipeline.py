@@ -43,6 +43,7 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
                     "docs": "data_docs",
                     "metrics": "evaluation_metrics",
                     "registered": "registered",
+                    "ablations": "ablations",
                     **of_stages,
                 },
                 ["report", "summary"],

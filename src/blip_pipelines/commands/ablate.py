@@ -1,0 +1,110 @@
+"""`kedro ablate`: the runs of `conf/ablations.yml`, each a `kedro run` in a data folder of its own.
+
+A run's environment lies beside its results, `data/.env/ablations/<run>/<seed>/`. Trainings that two runs have in common
+are found by their fingerprint and done once; a run that was cut goes on where it was.
+"""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from blip_pipelines.evaluation.ablation import Ablations, Run
+
+CONFIG = Path("conf/ablations.yml")
+RUNS = Path("data/.env/ablations")
+RESULT = Path("data/08_reporting/ablations.json")
+
+log = logging.getLogger(__name__)
+
+
+@click.command()
+@click.argument("tables", nargs=-1)
+@click.option("--seed", "seeds", type=int, multiple=True, help="Only these of the configured seeds.")
+@click.option("--collect", "only_collect", is_flag=True, help="Run nothing: tables of what is there.")
+def ablate(tables: tuple[str, ...], seeds: tuple[int, ...], only_collect: bool) -> None:
+    """Run the ablations of conf/ablations.yml, all or the TABLES named, and write data/08_reporting/ablations.json."""
+    from blip_pipelines.data.storage import write_json
+    from blip_pipelines.evaluation.ablation import collect
+
+    configured = read_ablations(CONFIG)
+    for name in tables:
+        if name not in configured.tables:
+            raise click.UsageError(f"{name} is no table of {CONFIG}; there are {', '.join(configured.tables)}")
+    wanted = [
+        (run, seed)
+        for name in tables or configured.tables
+        for run in configured.tables[name].runs
+        for seed in run.seeds
+        if not seeds or seed in seeds
+    ]
+    for number, (run, seed) in enumerate([] if only_collect else wanted, 1):
+        click.echo(f"ablation {number}/{len(wanted)}: {', '.join(run.rows)}, seed {seed}")
+        _perform(run, seed, configured.seeded)
+    write_json(RESULT, collect(configured.tables, RUNS))
+    click.echo(f"{RESULT}: written; `kedro run --pipelines release` puts it into the report")
+
+
+def read_ablations(path: Path) -> "Ablations":
+    """The file, checked.
+
+    Raises:
+        ConfigError: a key that nothing reads, or a comparison with a line that is in no run.
+    """
+    import yaml
+
+    from blip_pipelines.config import ConfigError, read
+    from blip_pipelines.evaluation.ablation import Ablations
+
+    found = read(Ablations, yaml.safe_load(path.read_text("utf-8")), "ablations")
+    for name, table in found.tables.items():
+        known = [row for run in table.runs for row in run.rows]
+        for row in [*table.better, *table.better.values()]:
+            if row not in known:
+                raise ConfigError(f"ablations.tables.{name}.better: {row} is no row; there are {', '.join(known)}")
+    return found
+
+
+def _perform(run: "Run", seed: int, seeded: tuple[str, ...]) -> None:
+    folder = RUNS / run.name / str(seed)
+    nodes = write_environment(run, seed, seeded, folder)
+    environment = Path("..") / folder / "conf"  # seen from conf/
+    command = [sys.executable, "-m", "kedro", "run", "--env", environment.as_posix(), "--nodes", ",".join(nodes)]
+    if subprocess.run(command, check=False).returncode:
+        raise click.ClickException(f"the run in {folder} failed, see above; mend it, and `kedro ablate` goes on there")
+
+
+def write_environment(run: "Run", seed: int, seeded: tuple[str, ...], folder: Path) -> list[str]:
+    """Write `<folder>/conf` for a run, and return the names of its nodes, its evaluations among them."""
+    import yaml
+    from kedro.config import OmegaConfigLoader
+    from kedro.framework.project import pipelines
+
+    from blip_pipelines.data.storage import write_atomic
+    from blip_pipelines.evaluation.ablation import measures_file
+    from blip_pipelines.tracking.dvc import catalog_entries
+
+    chosen = sum((pipelines[stage] for stage in run.stages), start=pipelines["__default__"].only_nodes())
+    chosen += pipelines["evaluation"].only_nodes(*(f"evaluate_{stage}" for stage in run.rows.values()))
+    base = OmegaConfigLoader("conf", base_env="base", default_run_env="base")["catalog"]
+    entries = catalog_entries(base, chosen.inputs())
+    # What others made is read where they left it; places are where this run writes, and stay in its own folder.
+    catalog = {name: entry for name, entry in entries.items() if "filepath" in entry}
+    for stage in run.rows.values():
+        path = measures_file(folder, stage).as_posix()
+        catalog[f"{stage}_measures"] = {"type": "blip_pipelines.pipelines.datasets.Json", "filepath": path}
+    parameters: dict[str, Any] = {}
+    for name, value in {**dict.fromkeys(seeded, seed), **run.parameters}.items():
+        *blocks, key = name.split(".")
+        place = parameters
+        for block in blocks:
+            place = place.setdefault(block, {})
+        place[key] = value
+    files = {"globals": {"data": folder.as_posix()}, "catalog": catalog, "parameters": parameters}
+    for name, content in files.items():
+        write_atomic(folder / "conf" / f"{name}.yml", yaml.safe_dump(content, sort_keys=False))
+    return [node.name for node in chosen.nodes]

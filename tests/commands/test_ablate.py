@@ -1,0 +1,65 @@
+"""What `kedro ablate` runs: the configured runs name stages, nodes and parameters that exist."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from blip_pipelines.commands.ablate import CONFIG, read_ablations, write_environment
+from blip_pipelines.config import ConfigError
+from blip_pipelines.evaluation.ablation import Run
+from blip_pipelines.pipelines import parameters
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def project(monkeypatch):
+    from kedro.framework.startup import bootstrap_project
+
+    monkeypatch.chdir(ROOT)
+    bootstrap_project(ROOT)
+
+
+def base_parameters():
+    from kedro.config import OmegaConfigLoader
+
+    return OmegaConfigLoader("conf", base_env="base", default_run_env="base")["parameters"]
+
+
+def configured():
+    found = read_ablations(ROOT / CONFIG)
+    return [(found, run) for table in found.tables.values() for run in table.runs]
+
+
+@pytest.mark.parametrize(("ablations", "run"), configured(), ids=[run.name for _, run in configured()])
+def test_each_configured_run_has_nodes_and_parameters_that_are_read(project, tmp_path, ablations, run):
+    nodes = write_environment(run, 3, ablations.seeded, tmp_path)
+    assert {f"evaluate_{stage}" for stage in run.rows.values()} <= set(nodes)
+    written = yaml.safe_load((tmp_path / "conf" / "parameters.yml").read_text())
+    values = parameters.laid_over(base_parameters(), written)
+    parameters.check_stages(values)
+    for stage in run.stages:
+        parameters.read_stage(stage, values)
+    assert written["med_pretraining"]["seed"] == 3
+
+
+def test_a_run_reads_what_it_does_not_make_from_the_default_run_and_writes_elsewhere(project, tmp_path):
+    run = Run(("capfilt", "med_bootstrapped"), {"both": "med_bootstrapped"}, {"capfilt.rule.synthetic": False})
+    nodes = write_environment(run, 0, ("capfilt.write.seed",), tmp_path)
+    catalog = yaml.safe_load((tmp_path / "conf" / "catalog.yml").read_text())
+    assert catalog["pairs"]["filepath"] == "data/03_primary/pairs"
+    assert catalog["med_pretraining_model"]["filepath"] == "data/06_models/med_pretraining"
+    assert "med_bootstrapped_model" not in catalog and "capfilt_places" not in catalog
+    assert catalog["med_bootstrapped_measures"]["filepath"].startswith(str(tmp_path))
+    assert yaml.safe_load((tmp_path / "conf" / "globals.yml").read_text()) == {"data": tmp_path.as_posix()}
+    assert "ingest" not in nodes and "pretrain" not in nodes and "pretrain_bootstrapped" in nodes
+    written = yaml.safe_load((tmp_path / "conf" / "parameters.yml").read_text())
+    assert written == {"capfilt": {"write": {"seed": 0}, "rule": {"synthetic": False}}}
+
+
+def test_a_comparison_with_no_row_is_refused(tmp_path):
+    table = {"title": "", "measures": [], "subsets": [], "runs": [], "better": {"both": "none"}}
+    (tmp_path / "ablations.yml").write_text(yaml.safe_dump({"seeded": [], "tables": {"capfilt": table}}))
+    with pytest.raises(ConfigError, match=r"tables\.capfilt\.better: both is no row"):
+        read_ablations(tmp_path / "ablations.yml")
