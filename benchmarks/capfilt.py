@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from benchmarks.measure import circumstances, interleaved, write
+from benchmarks.measure import DEVICE, circumstances, interleaved, write
 from benchmarks.med_step import PRECISIONS, SIZES, Size, make_batches
 from blip_pipelines.data.loader import Batch
 from blip_pipelines.inference import scoring
@@ -36,7 +36,6 @@ LIMIT_SECONDS = 10.0  # of one comparison; at least 3 rounds are run
 FIT_STEPS = 60  # to a loss of about 0.05
 SCORE_TOLERANCE = 1e-4  # of a match probability in float32
 Texts = list[tuple[Tensor, Tensor]]  # for each image one caption: ids and mask
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Numbers:
@@ -225,7 +224,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 
 def main(command: str, rounds: int) -> str:
-    found: dict[str, Any] = {"circumstances": {**circumstances(command), "device": DEVICE}}
+    found: dict[str, Any] = {"circumstances": circumstances(command)}
     found |= {name: measure(name, rounds) for name in SIZES}
     rows: list[list[str]] = []
     for name in SIZES:
@@ -239,4 +238,4 @@ def main(command: str, rounds: int) -> str:
         "the same weights. Beam captions are the same, match probabilities and the chances of a sampled token agree."
     )
     heads = ["size", "what a second", "ours", "stock", "speed-up", "by CPU seconds"]
-    return write("capfilt" if DEVICE == "cpu" else "capfilt_gpu", found, heads, rows, reading)
+    return write("capfilt", found, heads, rows, reading)

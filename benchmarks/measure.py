@@ -15,7 +15,8 @@ import torch
 from blip_pipelines.data.storage import write_atomic, write_json
 
 RESULTS = Path(__file__).parent / "results"
-GEMM_SIZE = 2048
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GEMM_SIZE = 8192 if DEVICE == "cuda" else 2048
 PRELIMINARY = (
     "\n**Preliminary**: the machine was busy with other work; clock times mean little, ratios of CPU seconds do."
 )
@@ -36,6 +37,7 @@ def interleaved(
     for run in variants.values():
         for _ in range(warmup):
             run()
+    _finish()
     wall: dict[str, list[float]] = {name: [] for name in variants}
     cpu: dict[str, list[float]] = {name: [] for name in variants}
     started = time.perf_counter()
@@ -46,6 +48,7 @@ def interleaved(
         for name in names:
             before, before_cpu = time.perf_counter(), time.process_time()
             variants[name]()
+            _finish()
             cpu[name].append(time.process_time() - before_cpu)
             wall[name].append(time.perf_counter() - before)
     return {
@@ -60,14 +63,22 @@ def interleaved(
 
 def gemm_peak(dtype: torch.dtype, rounds: int = 10) -> float:
     """FLOP/s of a square matrix product: the best of several, as nothing goes faster than the machine."""
-    a = torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype)
-    b = torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype)
+    a = torch.randn(GEMM_SIZE, GEMM_SIZE).to(DEVICE, dtype)
+    b = torch.randn(GEMM_SIZE, GEMM_SIZE).to(DEVICE, dtype)
+    _finish()
     best = float("inf")
     for _ in range(rounds):
         before = time.perf_counter()
         a @ b
+        _finish()
         best = min(best, time.perf_counter() - before)
     return 2 * GEMM_SIZE**3 / best
+
+
+def _finish() -> None:
+    """Wait for what the device still has to do."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def circumstances(command: str) -> dict[str, Any]:
@@ -85,6 +96,8 @@ def circumstances(command: str) -> dict[str, Any]:
 
 
 def processor() -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -96,7 +109,8 @@ def processor() -> str:
 
 
 def write(name: str, found: dict[str, Any], heads: list[str], rows: list[list[str]], reading: str) -> str:
-    """Keep a result as JSON and as a page with its table; returns the page."""
+    """Keep a result as JSON and as a page with its table, under another name than a CPU's on a GPU; returns the page."""
+    name = f"{name}_gpu" if DEVICE == "cuda" else name
     about = found["circumstances"]
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
     page = "\n".join(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import circumstances, gemm_peak, interleaved, write
+from benchmarks.measure import DEVICE, circumstances, gemm_peak, interleaved, write
 from benchmarks.stock_med import StockMedPretraining
 from blip_pipelines.data.loader import Batch
 from blip_pipelines.models.med import Med, MedConfig, TextConfig
@@ -22,7 +22,7 @@ from blip_pipelines.objectives.med import MedObjectiveConfig, MedPretraining
 from blip_pipelines.training.distributed import World
 from blip_pipelines.training.optimizer import OptimizerConfig, make_adamw
 
-TOLERANCE = 2e-5  # relative, float32, of losses and of each gradient's norm
+TOLERANCE = 2e-4 if DEVICE == "cuda" else 2e-5  # relative, float32, of losses and of each gradient's norm
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STEP = 50  # of the ramp of alpha
 STEM_CELLS, STEM_WIDTH = 16, 1280  # what the frozen stem of the default gives for an image
@@ -53,6 +53,11 @@ SIZES = {
         batch=16,
     ),
 }
+if DEVICE == "cuda":  # BLIP's own size, which a CPU takes minutes for
+    SIZES = {
+        "default, 17 image tokens": replace(SIZES["default, 17 image tokens"], batch=1024, queue=4096),
+        "BLIP base, 197 image tokens": Size(VisionConfig(), TextConfig(), batch=64, queue=4096),
+    }
 
 
 def make_batches(size: Size, seed: int = 0) -> dict[str, Batch]:
@@ -93,7 +98,8 @@ def make_tasks(size: Size) -> dict[str, nn.Module]:
     config = MedObjectiveConfig(
         momentum=0.95, queue_samples=size.queue, alpha_max=0.2, alpha_ramp_steps=100, negatives_uniform_share=0.5
     )
-    return {"ours": MedPretraining(med, config, World()).train(), "stock": StockMedPretraining(med, config).train()}
+    tasks = {"ours": MedPretraining(med, config, World()).train(), "stock": StockMedPretraining(med, config).train()}
+    return {name: task.to(DEVICE) for name, task in tasks.items()}
 
 
 def make_step(task: nn.Module, batch: Batch, precision: str) -> Callable[[], None]:
@@ -103,7 +109,7 @@ def make_step(task: nn.Module, batch: Batch, precision: str) -> Callable[[], Non
 
     def step() -> None:
         task.before_step(STEP)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = task(batch, STEP)["loss"]
         loss.backward()
         task.after_micro_step()
@@ -143,7 +149,7 @@ def assert_equal(tasks: dict[str, nn.Module], batches: dict[str, Batch]) -> dict
 
 
 def measure(size: Size, rounds: int) -> dict[str, Any]:
-    batches = make_batches(size)
+    batches = {name: batch.to(DEVICE) for name, batch in make_batches(size).items()}
     token_mask = batches["ours"].token_mask
     found: dict[str, Any] = {
         "batch": size.batch,
