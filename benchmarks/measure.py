@@ -109,7 +109,7 @@ def processor() -> str:
 
 
 def write(name: str, found: dict[str, Any], heads: list[str], rows: list[list[str]], reading: str) -> str:
-    """Keep a result as JSON and as a page with its table, under another name than a CPU's on a GPU; returns the page."""
+    """Keep a result as JSON and as a page with its table, that of a GPU by itself; returns the page."""
     name = f"{name}_gpu" if DEVICE == "cuda" else name
     about = found["circumstances"]
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
