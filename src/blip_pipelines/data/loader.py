@@ -25,6 +25,7 @@ from blip_pipelines.data.order import Order, draw
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.records import Refused
 from blip_pipelines.data.storage import StorageError
+from blip_pipelines.data.tables import ImageRows
 from blip_pipelines.data.transforms import ImageConfig, augment_crop, crop_box, to_pixels
 
 # A reduced JPEG decode keeps at least this many pixels per pixel of the view, so that the bicubic filter decides.
@@ -93,7 +94,7 @@ class Tokenize(Protocol):
 class DecodedPixels:
     """Reads stored images as (B, 3, S, S) uint8: augmented by (seed, step, global row), or the evaluation view."""
 
-    def __init__(self, pairs: Pairs, config: ImageConfig, seed: int = 0, train: bool = False):
+    def __init__(self, pairs: ImageRows, config: ImageConfig, seed: int = 0, train: bool = False):
         self.pairs, self.config, self.seed = pairs, config, seed
         self.augments = train and config.augment
         self._sizes = np.stack([pairs.column("width"), pairs.column("height")], 1)
@@ -132,7 +133,7 @@ class DecodedPixels:
 class FrozenFeatures:
     """Reads cached features as (B, N, P) float16; in training the view is drawn by (seed, step, global row)."""
 
-    def __init__(self, pairs: Pairs, cache: FeatureCache, seed: int = 0, train: bool = False):
+    def __init__(self, pairs: ImageRows, cache: FeatureCache, seed: int = 0, train: bool = False):
         self.cache, self.seed, self.train = cache, seed, train
         first_rows, image_of_row = np.unique(pairs.image_ids, return_index=True, return_inverse=True)[1:]
         self._places = cache.places(pairs.keys[first_rows])[image_of_row]
@@ -203,7 +204,7 @@ class Loader(StepLoader):
         pairs: Pairs,
         order: Order,
         read_images: ReadImages,
-        tokenizer: CaptionTokenizer,
+        tokenizer: Tokenize,
         max_tokens: int,
         batch_samples_global: int,
         accumulation: int = 1,

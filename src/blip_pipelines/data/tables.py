@@ -1,0 +1,267 @@
+"""Tables whose rows speak of stored images: parquet shards with a manifest, read by the column.
+
+Images are written once; tables over them are versioned. Table shard i should speak of images in tar shard i, so that
+neighbours in the order of training are neighbours on the disk. Columns are read when they are first used and then stay
+in memory as arrow, shared by forked workers: millions of rows cost their bytes once, not a Python object each. Whoever
+needs another subset takes a view, whose ids keep their meaning.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from blip_pipelines.data import shards, storage
+from blip_pipelines.data.storage import MANIFEST, StorageError
+
+_REMEDY = "restore it (`dvc checkout`, `dvc pull`) or run the stage that writes it"
+
+
+def write_table(
+    folder: Path, tables: Iterable[pa.Table], schema: pa.Schema, about: Mapping[str, Any], row_group_rows: int = 100_000
+) -> str:
+    """Write one parquet shard per table and the manifest; returns the manifest's hash, which names the data set.
+
+    Args:
+        folder: where the table goes; the manifest is written last.
+        tables: of `schema`; table i holds the rows of images in tar shard i.
+        about: further plain values for the manifest; `images` is the content hash of the images that the rows speak of.
+
+    Raises:
+        StorageError: a table has another schema or a null where none may be.
+    """
+    entries = []
+    for number, table in enumerate(tables):
+        path = folder / f"{number:05d}.parquet"
+        _check_rows(table, schema, path)
+        with storage.writing(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd", compression_level=3, row_group_size=row_group_rows)
+        entries.append({"name": path.name, "sha256": storage.sha256_file(path), "rows": table.num_rows})
+    storage.write_json(folder / MANIFEST, {**about, "shards": entries, "rows": sum(entry["rows"] for entry in entries)})
+    return storage.content_hash(folder)
+
+
+class ImageRows:
+    """A view of a table: all its rows, or those that a `select` chose, in the table's order.
+
+    A table has at least the columns key, member, shard, offset, size, width and height, which name a row's image, and
+    its text.
+    """
+
+    SCHEMA: ClassVar[pa.Schema]
+    TEXT: ClassVar[str]  # the column by whose words rows are told apart
+
+    def __init__(self, table: "Table", rows: np.ndarray):
+        self._table, self._rows = table, rows  # rows: (len(self),) int64 into the whole table
+
+    @classmethod
+    def open(cls, folder: Path, images: Path | None = None) -> Self:
+        """Open a table and verify its shards against the manifest.
+
+        Args:
+            folder: holds `{shard:05d}.parquet` and manifest.json.
+            images: the folder of tar shards; None where no image is read.
+
+        Raises:
+            StorageError: a shard is missing, damaged or of another schema, or the images are not those the table
+                was written for; names the shard and what to do.
+        """
+        table = Table(folder, images, cls.SCHEMA)
+        return cls(table, np.arange(table.shard_ends[-1] if len(table.shard_ends) else 0))
+
+    @property
+    def hash(self) -> str:
+        """Content hash of the whole table's manifest; the same for every view."""
+        return self._table.hash
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self._table.manifest
+
+    @property
+    def images(self) -> Path | None:
+        return self._table.images
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def where(self, rows: np.ndarray | None = None, **wanted: str | Sequence[str] | None) -> Self:
+        """The rows of this view that meet every condition given.
+
+        Args:
+            rows: boolean mask over this view, or row numbers of it, which are sorted and may repeat.
+            wanted: by column, the value or values that a row may have; None for any.
+        """
+        chosen = self._rows if rows is None else np.sort(self._rows[np.asarray(rows)])
+        for name, values in wanted.items():
+            if values is not None:
+                values_wanted = pa.array([values] if isinstance(values, str) else list(values), pa.large_string())
+                is_wanted = pc.is_in(self._table.column(name), value_set=values_wanted).to_numpy(zero_copy_only=False)
+                chosen = chosen[is_wanted[chosen]]
+        return type(self)(self._table, chosen)
+
+    def shard(self, number: int) -> Self:
+        """All rows of one shard of the table, as a table of its own whose ids mean something there alone.
+
+        For work that goes shard by shard: its columns cost the memory of one shard.
+        """
+        return type(self)(self._table.shard(number), np.arange(self._table.manifest["shards"][number]["rows"]))
+
+    def table(self) -> pa.Table:
+        """The rows of this view with all their columns, read now."""
+        return pa.concat_tables(pq.read_table(path) for path in self._table.paths).take(pa.array(self._rows))
+
+    @cached_property
+    def shard_rows(self) -> tuple[int, ...]:
+        """How many rows of this view each shard holds, for `Order`."""
+        ends = np.searchsorted(self._rows, self._table.shard_ends, side="left")
+        return tuple(np.diff(ends, prepend=0).tolist())
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of this view as an array (strings as objects, nulls as None; numbers with nulls as NaN)."""
+        return self._table.column(name).take(pa.array(self._rows)).to_numpy(zero_copy_only=False)
+
+    def values(self, name: str, rows: np.ndarray) -> list[Any]:
+        """One column of some rows of this view, as plain values."""
+        return self._table.column(name).take(pa.array(self._rows[rows])).to_pylist()
+
+    @property
+    def keys(self) -> np.ndarray:
+        return self.column("key")
+
+    @cached_property
+    def image_ids(self) -> np.ndarray:
+        """(rows,) int64: equal for equal image keys, in every view of this table."""
+        return self._table.image_ids[self._rows]
+
+    @cached_property
+    def text_ids(self) -> np.ndarray:
+        """(rows,) int64: equal for texts that differ only in case and white space, in every view of this table."""
+        return self._table.text_ids(self.TEXT)[self._rows]
+
+    def image_bytes(self, row: int) -> bytes:
+        """The encoded image of a row of this view: one seek."""
+        if self._table.reader is None:
+            raise StorageError(
+                f"{self._table.folder}: opened without its images; give `images` to {type(self).__name__}.open"
+            )
+        shard, offset, size = self._table.places
+        at = self._rows[row]
+        return self._table.reader.read(int(shard[at]), int(offset[at]), int(size[at]))
+
+    def preload(self) -> None:
+        """Read what training needs now, so that forked workers share it instead of reading it each."""
+        self._table.column(self.TEXT)
+        _ = self._table.places, self.image_ids, self.text_ids
+
+    def describe(self, row: int) -> str:
+        """Names a row for messages: shard, member and key."""
+        at = self._rows[row]
+        shard, member, key = (self._table.read(name)[at].as_py() for name in ("shard", "member", "key"))
+        return f"{shards.shard_name(shard)}, member {member}, key {key[:12]}"
+
+    def unique_images(self) -> np.ndarray:
+        """(images,) int64: the first row of each distinct image of this view, ascending."""
+        return np.sort(np.unique(self.image_ids, return_index=True)[1])
+
+
+class Table:
+    """The whole table behind the views: verified once, each column read once."""
+
+    def __init__(self, folder: Path, images: Path | None, schema: pa.Schema):
+        self.folder, self.images, self.schema = folder, images, schema
+        self.manifest = storage.read_json(folder / MANIFEST)
+        self.hash = storage.content_hash(folder)
+        self.paths = [folder / entry["name"] for entry in self.manifest["shards"]]
+        for path, entry in zip(self.paths, self.manifest["shards"], strict=True):
+            _verify(path, schema, entry)
+        self.shard_ends = np.cumsum([entry["rows"] for entry in self.manifest["shards"]], dtype=np.int64)
+        self.reader = None
+        if images is not None:
+            if storage.content_hash(images) != self.manifest["images"]:
+                raise StorageError(
+                    f"{folder}: was written for other images than {images} holds; run the stage that writes it again"
+                )
+            shards.verify(images, hashes=False)
+            self.reader = shards.ShardReader(images)
+        self._columns: dict[str, pa.Array] = {}
+
+    def shard(self, number: int) -> "Table":
+        """One shard of it, with columns of its own."""
+        paths, ends = [self.paths[number]], np.array([self.manifest["shards"][number]["rows"]])
+        return self._like({"paths": paths, "shard_ends": ends, "_columns": {}})
+
+    def of_columns(self, columns: Mapping[str, pa.Array]) -> "Table":
+        """Another table over the same images, given by its columns and in one shard."""
+        rows = len(next(iter(columns.values())))
+        return self._like({"paths": [], "shard_ends": np.array([rows]), "_columns": dict(columns)})
+
+    def _like(self, changed: Mapping[str, Any]) -> "Table":
+        one = object.__new__(Table)
+        shared = ("folder", "images", "schema", "manifest", "hash", "reader")
+        vars(one).update({name: getattr(self, name) for name in shared}, **changed)
+        return one
+
+    def column(self, name: str) -> pa.Array:
+        if name not in self._columns:
+            self._columns[name] = self.read(name)
+        return self._columns[name]
+
+    def read(self, name: str) -> pa.Array:
+        if name in self._columns and not self.paths:
+            return self._columns[name]
+        kind = self.schema.field(name).type
+        if pa.types.is_string(kind):  # the 32-bit offsets of plain strings end at 2 GB of captions
+            kind = pa.large_string()
+        parts = [pq.ParquetFile(path).read([name])[name].cast(kind) for path in self.paths]
+        chunks = [chunk for part in parts for chunk in part.chunks]
+        return pa.concat_arrays(chunks) if chunks else pa.array([], kind)
+
+    @cached_property
+    def places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        shard, offset, size = (self.column(name).to_numpy() for name in ("shard", "offset", "size"))
+        return shard, offset, size
+
+    @cached_property
+    def image_ids(self) -> np.ndarray:
+        return _dense_ids(self.read("key"))  # not kept: it is the largest column, and ids replace it
+
+    @cached_property
+    def _text_ids(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def text_ids(self, name: str) -> np.ndarray:
+        if name not in self._text_ids:
+            words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pc.utf8_lower(self.column(name))))
+            self._text_ids[name] = _dense_ids(pc.binary_join(words, pa.scalar(" ", pa.large_string())))
+        return self._text_ids[name]
+
+
+def _dense_ids(values: pa.Array) -> np.ndarray:
+    return values.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _verify(path: Path, wanted: pa.Schema, entry: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise StorageError(f"{path}: table shard is missing; {_REMEDY}")
+    if (found := storage.sha256_file(path)) != entry["sha256"]:
+        raise StorageError(f"{path}: content is {found[:12]}, the manifest says {entry['sha256'][:12]}; {_REMEDY}")
+    file = pq.ParquetFile(path)
+    schema, rows = file.schema_arrow, file.metadata.num_rows
+    if not schema.equals(wanted) or rows != entry["rows"]:
+        raise StorageError(
+            f"{path}: {rows} rows of schema\n{schema}\nwhere {entry['rows']} rows are wanted, of schema\n{wanted}"
+        )
+
+
+def _check_rows(table: pa.Table, schema: pa.Schema, path: Path) -> None:
+    if not table.schema.equals(schema):
+        raise StorageError(f"{path}: cannot write a table of schema\n{table.schema}\nwhere this is wanted:\n{schema}")
+    for field in schema:
+        if not field.nullable and table[field.name].null_count:
+            raise StorageError(f"{path}: column '{field.name}' holds nulls; fill them before writing")
