@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from blip_pipelines.data.tokens import clean_caption
+from blip_pipelines.data.tokens import clean_caption, padded
 
 IMAGE = "{image}"
 
@@ -37,10 +37,11 @@ class LanguageTokenizer:
         clean: Callable[[str], str] | None = clean_caption,
     ):
         self.stock, self.clean = stock, clean
-        self.end = self._ids(end)[-1] if end else stock.eos_token_id
-        if self.end is None:
+        last = self._ids(end)[-1] if end else stock.eos_token_id
+        if last is None:
             raise ValueError("the tokenizer has no eos token; name the text that ends an answer")
-        self.pad = self.end if stock.pad_token_id is None else stock.pad_token_id
+        self.end: int = last
+        self.pad: int = self.end if stock.pad_token_id is None else stock.pad_token_id
         starts = (start, stock.bos_token_id, self.end)
         self.start: int = next(number for number in starts if number is not None)
 
@@ -58,13 +59,12 @@ class LanguageTokenizer:
         Returns:
             ids (B, T) int64 and mask (B, T) bool, True where there is a token.
         """
-        texts = [prompt + (self.clean(text) if self.clean else text) for text in texts]
-        pieces = [ids[: max_tokens - 2] for ids in self.stock(texts, add_special_tokens=False)["input_ids"]]
-        lengths = np.array([len(ids) + 2 for ids in pieces], np.int64)
-        ids = np.full((len(pieces), lengths.max(initial=2)), self.pad, np.int64)
-        mask = np.arange(ids.shape[1]) < lengths[:, None]
-        ids[mask] = [token for words in pieces for token in (self.start, *words, self.end)]
-        return ids, mask
+        pieces = self.pieces([prompt + (self.clean(text) if self.clean else text) for text in texts])
+        return padded([(self.start, *ids[: max_tokens - 2], self.end) for ids in pieces], self.pad, shortest=2)
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts as they are, neither cleaned nor cut, without special tokens."""
+        return self.stock(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
 
     def prompt_tokens(self, prompt: str) -> int:
         """How many tokens a prompt takes after position 0."""

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -40,7 +41,7 @@ class CaptionTokenizer:
         ids = [self._fast.token_to_id(token) for token in tokens]
         if None in ids:
             raise ValueError(f"the tokenizer lacks {tokens[ids.index(None)]}; make it with prune_vocabulary")
-        self.cls, self.sep, self.pad, self.dec, self.enc = ids
+        self.cls, self.sep, self.pad, self.dec, self.enc = cast(list[int], ids)
 
     def __len__(self) -> int:
         return len(self.stock)
@@ -56,14 +57,12 @@ class CaptionTokenizer:
         Returns:
             ids (B, T) int64 and mask (B, T) bool, True where there is a token.
         """
-        texts = [prompt + clean_caption(caption, max_tokens) for caption in captions]
-        encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
-        pieces = [encoding.ids[: max_tokens - 2] for encoding in encoded]
-        lengths = np.array([len(ids) + 2 for ids in pieces], np.int64)
-        ids = np.full((len(pieces), lengths.max(initial=2)), self.pad, np.int64)
-        mask = np.arange(ids.shape[1]) < lengths[:, None]
-        ids[mask] = [token for words in pieces for token in (self.cls, *words, self.sep)]
-        return ids, mask
+        pieces = self.pieces([prompt + clean_caption(caption, max_tokens) for caption in captions])
+        return padded([(self.cls, *ids[: max_tokens - 2], self.sep) for ids in pieces], self.pad, shortest=2)
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts as they are, neither cleaned nor cut, without special tokens."""
+        return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def prompt_tokens(self, prompt: str) -> int:
         """How many tokens a prompt takes after position 0."""
@@ -87,6 +86,15 @@ class CaptionTokenizer:
     @classmethod
     def load(cls, folder: Path) -> "CaptionTokenizer":
         return cls(PreTrainedTokenizerFast.from_pretrained(folder))
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, shortest: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids, right padded to the longest: ids (B, T) int64 and mask (B, T) bool, True where there is a token."""
+    lengths = np.array([len(row) for row in rows], np.int64)
+    ids = np.full((len(rows), lengths.max(initial=shortest)), pad, np.int64)
+    mask = np.arange(ids.shape[1]) < lengths[:, None]
+    ids[mask] = [token for row in rows for token in row]
+    return ids, mask
 
 
 def prune_vocabulary(
