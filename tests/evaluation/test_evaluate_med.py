@@ -10,7 +10,7 @@ from blip_pipelines.data.features import FeatureCache
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.evaluation.captioning import score_captions
 from blip_pipelines.evaluation.evidence import read_captions, read_queries
-from blip_pipelines.jobs.evaluate_med import NothingToMeasure
+from blip_pipelines.evaluation.held_out import NothingToMeasure
 from blip_pipelines.training.distributed import World
 
 

@@ -64,7 +64,7 @@ def test_itc_and_itm_equal_the_stock_class(sizes, texts):
         image_BND = model.vision_model.encoder(model.vision_model.embeddings(pixels)).last_hidden_state
         image = former.project_image(image_BND)
         image_BQE = former.image_features(former.encode_queries(image)[0])
-        text_BE = former.text_features(former.encode_text(ids, mask))
+        text_BE = former.text_features(ids, mask)
         similarity = torch.einsum("iqe,te->iqt", image_BQE, text_BE).amax(1)
         expected = model(pixels, ids, mask.long()).logits_per_image
         torch.testing.assert_close(similarity, expected, atol=1e-5, rtol=0)
@@ -248,7 +248,7 @@ def test_every_parameter_learns_from_the_three_objectives(texts):
     former = tiny_qformer()
     image = former.project_image(tiny_image())
     queries_BQD, left = former.encode_queries(image, cache=True)
-    similarity = former.image_features(queries_BQD) @ former.text_features(former.encode_text(*texts)).T
+    similarity = former.image_features(queries_BQD) @ former.text_features(*texts).T
     itg = former.lm_head(former.decode_hidden(*texts, left))[..., 7]
     (similarity[0, 0, 1] + former.match_logits(*texts, image)[:, 1].sum() + itg.sum()).backward()
     assert not {name for name, parameter in former.named_parameters() if parameter.grad is None}
@@ -286,7 +286,7 @@ def test_half_precision_images_are_read_and_features_stay_float32(former, texts)
         image = former.project_image(tiny_image().half())
         outputs = (
             former.image_features(former.encode_queries(image)[0]),
-            former.text_features(former.encode_text(*texts)),
+            former.text_features(*texts),
             former.match_logits(*texts, image),
         )
     assert all(output.dtype == torch.float32 for output in outputs)

@@ -11,7 +11,7 @@ Shapes: B images, A live rows, K beams, C continuations, T text tokens, L longes
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.tokens import CaptionTokenizer
-from blip_pipelines.models.med import Cache, KeysValues, Med
+from blip_pipelines.models.med import Cache, KeysValues, TextConfig
 from blip_pipelines.objectives.draws import uniform
 
 
@@ -54,6 +54,26 @@ class GenerationConfig:
         return 1.1 if self.strategy == "nucleus" else 1.0
 
 
+class Sizes(Protocol):
+    """The configuration of a decoder."""
+
+    @property
+    def text(self) -> TextConfig: ...
+
+
+class Decoder(Protocol):
+    """What writes: a `Med` that reads the image, a `QFormer` whose text reads what its queries left."""
+
+    @property
+    def config(self) -> Sizes: ...
+
+    def decode_hidden(
+        self, token_ids_BT: Tensor, token_mask_BS: Tensor | None, image: KeysValues, /, cache: Cache | None = None
+    ) -> Tensor: ...
+
+    def lm_head(self, hidden_RD: Tensor, /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Captions:
     """What was written for B images, on the CPU; per rank."""
@@ -66,7 +86,7 @@ class Captions:
 
 @torch.no_grad()
 def generate(
-    med: Med,
+    decoder: Decoder,
     image: KeysValues,
     tokenizer: CaptionTokenizer,
     config: GenerationConfig,
@@ -91,7 +111,7 @@ def generate(
     Differs: the released BLIP code also cuts nucleus sampling at the 50 likeliest tokens, a default of the library it
     used; the paper does not, nor does this.
     """
-    text = med.config.text
+    text = decoder.config.text
     prompt_ids = tokenizer([""], config.max_tokens + 1, prompt)[0][0, 1:-1]  # without [CLS] and [SEP]
     start = [text.dec_id, *prompt_ids.tolist()]
     if len(start) >= config.max_tokens:
@@ -105,10 +125,10 @@ def generate(
     device = image.layers[0][0].device
     start_BT = torch.tensor(start, device=device).expand(len(image), -1)
     if config.strategy == "beam":
-        token_ids_BL, log_probability_B = _beam_search(med, image, start_BT, config)
+        token_ids_BL, log_probability_B = _beam_search(decoder, image, start_BT, config)
     else:
         draws = None if draw_ids is None else _Draws(seed, sample, draw_ids.to(device))
-        token_ids_BL, log_probability_B = _one_by_one(med, image, start_BT, config, draws)
+        token_ids_BL, log_probability_B = _one_by_one(decoder, image, start_BT, config, draws)
     token_ids_BL = token_ids_BL.cpu()
     written_BL = token_ids_BL[:, len(start) :]
     # A model may write [PAD] as a word, so padding is counted from the end.
@@ -133,16 +153,16 @@ class _Draws:
 
 
 def _one_by_one(
-    med: Med, image: KeysValues, start_BT: Tensor, config: GenerationConfig, draws: _Draws | None
+    decoder: Decoder, image: KeysValues, start_BT: Tensor, config: GenerationConfig, draws: _Draws | None
 ) -> tuple[Tensor, Tensor]:
-    text, batch = med.config.text, len(start_BT)
+    text, batch = decoder.config.text, len(start_BT)
     token_ids_BL = start_BT.new_full((batch, config.max_tokens), text.pad_id)
     token_ids_BL[:, : start_BT.shape[1]] = start_BT
     log_probability_B = torch.zeros(batch, device=start_BT.device)
     alive_A = torch.arange(batch, device=start_BT.device)
     cache, new_AT = Cache(), start_BT
     for length in range(start_BT.shape[1], config.max_tokens):
-        logits_AV = med.lm_head(med.decode_hidden(new_AT, None, image, cache)[:, -1]).float()
+        logits_AV = decoder.lm_head(decoder.decode_hidden(new_AT, None, image, cache)[:, -1]).float()
         scores_AV = _discourage(logits_AV, token_ids_BL[alive_A, :length], text.sep_id, config)
         if config.strategy == "nucleus" and draws is not None:
             token_A = draw_from_nucleus(scores_AV, config.top_p, draws.at(length))
@@ -186,14 +206,16 @@ def _descending(values_AV: Tensor) -> Tensor:
     return values_AV.sort(-1, descending=True).values
 
 
-def _beam_search(med: Med, image: KeysValues, start_BT: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor]:
+def _beam_search(
+    decoder: Decoder, image: KeysValues, start_BT: Tensor, config: GenerationConfig
+) -> tuple[Tensor, Tensor]:
     """Ids (B, L) and log-probability (B,) of each image's best hypothesis.
 
     An image keeps K running and K finished hypotheses. It is done when no running one, at its present length, beats
     the worst of K finished ones (the stock rule with early_stopping False), or when none can come to beat the best
     one at any length: scores only fall, so further steps, which the stock rule would take, change nothing.
     """
-    text, beams, prompt_tokens = med.config.text, config.beams, start_BT.shape[1]
+    text, beams, prompt_tokens = decoder.config.text, config.beams, start_BT.shape[1]
     batch, device = len(start_BT), start_BT.device
     result_BL = start_BT.new_full((batch, config.max_tokens), text.pad_id)
     result_log_probability_B = torch.zeros(batch, device=device)
@@ -205,11 +227,11 @@ def _beam_search(med: Med, image: KeysValues, start_BT: Tensor, config: Generati
     finished = _Hypotheses.empty(batch, beams, config.max_tokens, text.pad_id, device)
 
     cache = Cache()
-    hidden_AD = med.decode_hidden(start_BT, None, image, cache)[:, -1]
+    hidden_AD = decoder.decode_hidden(start_BT, None, image, cache)[:, -1]
     every_beam = alive_A.repeat_interleave(beams)
     hidden_AD, cache = hidden_AD[every_beam], _kept(cache, every_beam)
     for length in range(prompt_tokens, config.max_tokens):
-        log_probability_AV = med.lm_head(hidden_AD).float().log_softmax(-1)
+        log_probability_AV = decoder.lm_head(hidden_AD).float().log_softmax(-1)
         seen_AT = running.token_ids[:, :, :length].flatten(0, 1)
         score_AV = _discourage(log_probability_AV, seen_AT, text.sep_id, config)
         continued, parent_AC = running.extend(score_AV, log_probability_AV, length)
@@ -239,7 +261,7 @@ def _beam_search(med: Med, image: KeysValues, start_BT: Tensor, config: Generati
             alive_A, image = alive_A[going], image.select(going)
             running, finished = running.rows(going), finished.rows(going)
         cache = _kept(cache, rows)
-        hidden_AD = med.decode_hidden(running.token_ids[:, :, length].reshape(-1, 1), None, image, cache)[:, -1]
+        hidden_AD = decoder.decode_hidden(running.token_ids[:, :, length].reshape(-1, 1), None, image, cache)[:, -1]
     return result_BL, result_log_probability_B
 
 

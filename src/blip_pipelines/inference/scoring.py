@@ -8,15 +8,39 @@ Shapes: I images, N image tokens, D width, E projection, R texts, T text tokens,
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from blip_pipelines.models.med import Med
+from blip_pipelines.models.med import KeysValues, Med
 
 BATCH_TEXTS = 256
 BATCH_IMAGES = 64  # projected at once: at BLIP's full size their keys and values are about a gigabyte in float32
+
+
+class Sizes(Protocol):
+    """The configuration of a scorer."""
+
+    @property
+    def projection(self) -> int: ...
+
+
+class Scorer(Protocol):
+    """What compares: a `Med`, or a `QFormer`."""
+
+    @property
+    def config(self) -> Sizes: ...
+
+    def parameters(self) -> Iterator[Parameter]: ...
+
+    def text_features(self, token_ids_BT: Tensor, token_mask_BT: Tensor) -> Tensor: ...
+
+    def project_image(self, image_BND: Tensor) -> KeysValues: ...
+
+    def match_logits(self, token_ids_BT: Tensor, token_mask_BT: Tensor, image: KeysValues) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -34,23 +58,25 @@ def image_features(med: Med, image_IND: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def text_features(med: Med, token_ids_RT: Tensor, token_mask_RT: Tensor, batch_texts: int = BATCH_TEXTS) -> Tensor:
+def text_features(
+    scorer: Scorer, token_ids_RT: Tensor, token_mask_RT: Tensor, batch_texts: int = BATCH_TEXTS
+) -> Tensor:
     """(R, E) float32 of unit length, in the order given."""
-    device = next(med.parameters()).device
-    features_RE = torch.empty(len(token_ids_RT), med.config.projection)
+    device = next(scorer.parameters()).device
+    features_RE = torch.empty(len(token_ids_RT), scorer.config.projection)
     lengths_R = token_mask_RT.sum(1)
     for rows in lengths_R.argsort(stable=True).split(batch_texts):
         if not len(rows):
             break
         longest = int(lengths_R[rows].max())
         token_ids, token_mask = token_ids_RT[rows, :longest].to(device), token_mask_RT[rows, :longest].to(device)
-        features_RE[rows] = med.text_features(token_ids, token_mask).cpu()
+        features_RE[rows] = scorer.text_features(token_ids, token_mask).cpu()
     return features_RE
 
 
 @torch.no_grad()
 def match_logits(
-    med: Med,
+    scorer: Scorer,
     image_IND: Tensor,
     token_ids_RT: Tensor,
     token_mask_RT: Tensor,
@@ -64,19 +90,19 @@ def match_logits(
     Args:
         image_IND: what `encode_images` gives; its rows are moved to the model's device block by block.
     """
-    device = next(med.parameters()).device
+    device = next(scorer.parameters()).device
     logits_P2 = torch.empty(len(images_P), 2)
     lengths_R = token_mask_RT.sum(1).cpu().numpy()
     for pairs in _blocks(images_P, lengths_R[texts_P], batch_images):
         images, image_of_pair = np.unique(images_P[pairs], return_inverse=True)
-        block = med.project_image(image_IND[torch.from_numpy(images)].to(device))
+        block = scorer.project_image(image_IND[torch.from_numpy(images)].to(device))
         for start in range(0, len(pairs), batch_pairs):
             rows = pairs[start : start + batch_pairs]
             texts = torch.from_numpy(texts_P[rows])
             longest = int(lengths_R[texts_P[rows]].max())
             image = block.select(torch.from_numpy(image_of_pair[start : start + batch_pairs]).to(device))
             token_ids, token_mask = token_ids_RT[texts, :longest].to(device), token_mask_RT[texts, :longest].to(device)
-            logits_P2[torch.from_numpy(rows)] = med.match_logits(token_ids, token_mask, image).cpu()
+            logits_P2[torch.from_numpy(rows)] = scorer.match_logits(token_ids, token_mask, image).cpu()
     return logits_P2
 
 

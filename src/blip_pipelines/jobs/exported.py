@@ -1,4 +1,4 @@
-"""An exported MED as a job uses it: on this rank's device, with how it reads the images of a data set."""
+"""An exported model as a job uses it: on this rank's device, with how it reads the images of a data set."""
 
 from functools import partial
 from pathlib import Path
@@ -10,19 +10,55 @@ from blip_pipelines.config import read
 from blip_pipelines.data.loader import DecodedPixels, FrozenFeatures, ReadImages
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.storage import StorageError
+from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.data.transforms import ImageConfig
-from blip_pipelines.models.exports import load_med
+from blip_pipelines.models.exports import ExportedMed, load_med
+from blip_pipelines.models.stem import Stem
 from blip_pipelines.training.distributed import World
 
 Precision = Literal["float32", "bfloat16"]
 
 
-class RankMed:
+class RankModel:
+    """What a rank's models have in common.
+
+    Args:
+        image: how pixels are made.
+        stem: of which images come as cached features, filled where they are not yet; None for pixels.
+
+    Attributes:
+        autocast: context manager of the wanted precision.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CaptionTokenizer,
+        image: ImageConfig,
+        stem: Stem | None,
+        images: Path,
+        precision: Precision,
+        work: Path,
+        world: World,
+    ):
+        self.device, self.tokenizer, self.image = world.device, tokenizer, image
+        self._cache = None
+        if stem is not None:
+            from blip_pipelines.jobs.frozen_features import ensure_features
+
+            self._cache = ensure_features(images, self.image, stem, work, world)
+        dtype = torch.bfloat16 if precision == "bfloat16" else None
+        self.autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype is not None)
+
+    def reader(self, pairs: Pairs) -> ReadImages:
+        """Reads images of a view as the model takes them, the evaluation view."""
+        return DecodedPixels(pairs, self.image) if self._cache is None else FrozenFeatures(pairs, self._cache)
+
+
+class RankMed(RankModel):
     """The model of a folder that `export_med` wrote.
 
     Attributes:
-        med, tokenizer: in evaluation mode on the rank's device.
-        autocast: context manager of the wanted precision.
+        med: in evaluation mode on the rank's device.
 
     Raises:
         StorageError: the folder is damaged or has no tokenizer.
@@ -30,18 +66,14 @@ class RankMed:
 
     def __init__(self, folder: Path, images: Path, precision: Precision, work: Path, world: World):
         exported = load_med(folder)
-        if exported.tokenizer is None:
-            raise StorageError(f"{folder}: no tokenizer in it; export the model with its tokenizer")
-        self.device, self.med, self.tokenizer = world.device, exported.med.to(world.device), exported.tokenizer
-        self.image = read(ImageConfig, exported.image, f"{folder}/med.json: image")
-        self._cache = None
-        if exported.stem is not None:
-            from blip_pipelines.jobs.frozen_features import ensure_features
+        tokenizer = its_tokenizer(exported, folder)
+        image = read(ImageConfig, exported.image, f"{folder}/med.json: image")
+        super().__init__(tokenizer, image, exported.stem, images, precision, work, world)
+        self.med = exported.med.to(world.device)
 
-            self._cache = ensure_features(images, self.image, exported.stem, work, world)
-        dtype = torch.bfloat16 if precision == "bfloat16" else None
-        self.autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype is not None)
 
-    def reader(self, pairs: Pairs) -> ReadImages:
-        """Reads images of a view as the model takes them, the evaluation view."""
-        return DecodedPixels(pairs, self.image) if self._cache is None else FrozenFeatures(pairs, self._cache)
+def its_tokenizer(exported: ExportedMed, folder: Path) -> CaptionTokenizer:
+    """Raises StorageError where the folder has none."""
+    if exported.tokenizer is None:
+        raise StorageError(f"{folder}: no tokenizer in it; export the model with its tokenizer")
+    return exported.tokenizer

@@ -173,8 +173,9 @@ class QFormer(nn.Module):
         """(B, Q, E) of unit length, at least float32; ITC takes the query that is nearest to the text."""
         return normalize(at_least_float32(self.vision_projection(queries_BQD)), dim=-1)
 
-    def text_features(self, text_BD: Tensor) -> Tensor:
-        """(B, E) of unit length, at least float32, of the [CLS] states of `encode_text`."""
+    def text_features(self, token_ids_BT: Tensor, token_mask_BT: Tensor) -> Tensor:
+        """(B, E) of unit length, at least float32, from [CLS], which sees no queries."""
+        text_BD = self.encode_text(token_ids_BT, token_mask_BT)
         return normalize(at_least_float32(self.text_projection(text_BD)), dim=-1)
 
     def encode_with_text(

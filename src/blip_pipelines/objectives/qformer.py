@@ -138,7 +138,7 @@ class QFormerPretraining(nn.Module):
         config = self.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.weights.itc > 0):
             image_BQE = self.former.image_features(queries_BQD)
-            text_BE = self.former.text_features(self.former.encode_text(batch.token_ids, batch.token_mask))
+            text_BE = self.former.text_features(batch.token_ids, batch.token_mask)
             images_GQE, texts_GE = self.ranks.gather(image_BQE), self.ranks.gather(text_BE)
             i2t_BG = contrastive.query_similarities(image_BQE, texts_GE, self.temperature)
             t2i_BG = contrastive.query_similarities(images_GQE, text_BE, self.temperature).T
