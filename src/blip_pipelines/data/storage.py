@@ -67,6 +67,8 @@ def writing(path: Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(f"{path}: cannot write ({error}); free some space or choose another folder") from error
     finally:

@@ -1,0 +1,99 @@
+"""A bounded folder of objects fetched from a store, shared by all processes of a machine.
+
+An object is fetched once, whoever asks first; what was used longest ago goes when room is wanted. Nobody keeps a file
+open, so what is removed is really gone, and the disk holds no more than the bound.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blip_pipelines.data.object_store import ObjectStore, ObjectStoreConfig
+from blip_pipelines.data.storage import StorageError
+
+_LOCKS = 256
+_ABANDONED_SECONDS = 86_400  # a half-fetched file this old belongs to no living process
+
+
+class ObjectCache:
+    """Objects as files. Safe for threads, forks and other processes; pickles as its configuration."""
+
+    def __init__(self, config: ObjectStoreConfig):
+        self.folder, self.limit, self.store = Path(config.cache), config.cache_bytes, ObjectStore(config)
+
+    def file(self, url: str, size: int, identity: str, sha256: str | None = None) -> Path:
+        """The object as a file, fetched if it is not here. It may go at any time: open it at once, or use `read`.
+
+        Args:
+            size: in bytes.
+            identity: changes when the object does: its tag or hash.
+            sha256: of the content, where it is known.
+
+        Raises:
+            ObjectMissingError, ObjectStoreError: it cannot be fetched as it should be.
+            StorageError: it is larger than the cache may be, or the disk is full.
+        """
+        path = self.folder / hashlib.sha256(f"{url}\n{identity}".encode()).hexdigest()[:32]
+        if not _touch(path):
+            with self._lock(f"{int(path.name, 16) % _LOCKS:02x}"):
+                if not _touch(path):  # another process may have fetched it while we waited
+                    self._make_room(url, size)
+                    self.store.download(url, path, sha256)
+        return path
+
+    def read(self, url: str, size: int, identity: str, start: int, count: int, sha256: str | None = None) -> bytes:
+        """`count` bytes of the object from `start` on; fewer where it ends."""
+        while True:
+            path = self.file(url, size, identity, sha256)
+            try:
+                handle = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:  # removed between the two calls to make room for another
+                continue
+            try:
+                return os.pread(handle, count, start)
+            finally:
+                os.close(handle)
+
+    def holds(self, url: str, identity: str) -> bool:
+        return (self.folder / hashlib.sha256(f"{url}\n{identity}".encode()).hexdigest()[:32]).exists()
+
+    def _make_room(self, url: str, size: int) -> None:
+        if size > self.limit:
+            raise StorageError(f"{url}: {size:,} bytes, the cache may hold {self.limit:,}; raise `cache_bytes`")
+        with self._lock("room"):
+            used, files = 0, []
+            for entry in os.scandir(self.folder):
+                if entry.is_file():
+                    stat = entry.stat()
+                    if not entry.name.startswith("."):
+                        files.append((stat.st_mtime_ns, stat.st_size, entry.path))
+                    elif time.time() - stat.st_mtime > _ABANDONED_SECONDS:
+                        Path(entry.path).unlink(missing_ok=True)
+                        continue
+                    used += stat.st_size
+            for _, bytes_freed, path in sorted(files):
+                if used + size <= self.limit:
+                    return
+                Path(path).unlink(missing_ok=True)
+                used -= bytes_freed
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Held by one thread of one process of the machine; the system releases what a killed process held."""
+        (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".locks" / name).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _touch(path: Path) -> bool:
+    """Mark the file as just used; False if it is not there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,69 @@
+import threading
+
+import pytest
+from object_store_samples import BUCKET, Fault
+
+from blip_pipelines.data import storage
+from blip_pipelines.data.object_cache import ObjectCache
+from blip_pipelines.data.object_store import ObjectMissingError
+from blip_pipelines.data.storage import StorageError
+
+
+def cache(proxy, folder, limit=10_000):
+    return ObjectCache(proxy.server.config(folder / "cache", endpoint=proxy.endpoint, cache_bytes=limit))
+
+
+def put(server, number, size=1000):
+    content = bytes([number]) * size
+    return server.put(f"cached/{number}", content), size, storage.sha256(content), 0, size, storage.sha256(content)
+
+
+def held(folder):
+    return sum(path.stat().st_size for path in (folder / "cache").iterdir() if path.is_file())
+
+
+def test_an_object_is_fetched_once_by_however_many_ask(proxy, tmp_path):
+    wanted = put(proxy.server, 1)
+    readers = [cache(proxy, tmp_path) for _ in range(8)]  # as of so many processes
+    threads = [threading.Thread(target=reader.read, args=wanted) for reader in readers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert proxy.count("GET") == 1
+    assert cache(proxy, tmp_path).read(*wanted[:3], 10, 5) == bytes([1]) * 5
+    assert proxy.count("GET") == 1
+
+
+def test_what_was_used_longest_ago_goes_and_the_bound_holds(proxy, tmp_path):
+    objects = [put(proxy.server, number) for number in range(6)]
+    reader = cache(proxy, tmp_path, limit=3500)
+    for wanted in objects[:3]:
+        reader.read(*wanted)
+    reader.read(*objects[0])  # used again
+    for wanted in objects[3:]:
+        reader.read(*wanted)
+        assert held(tmp_path) <= 3500
+        reader.read(*objects[0])
+    assert proxy.count("GET") == 6  # the first never went
+    reader.read(*objects[1])
+    assert proxy.count("GET") == 7
+
+
+def test_a_changed_object_is_another_one(proxy, tmp_path):
+    reader = cache(proxy, tmp_path)
+    url = proxy.server.put("changing", b"old")
+    assert reader.read(url, 3, "tag of the old", 0, 3) == b"old"
+    proxy.server.put("changing", b"new")
+    assert reader.read(url, 3, "tag of the new", 0, 3) == b"new"
+
+
+def test_an_object_that_cannot_be_had_leaves_nothing_and_may_come_later(proxy, tmp_path):
+    with pytest.raises(StorageError, match=f"s3://{BUCKET}/cached/1: 20,000 bytes, the cache may hold 10,000; raise"):
+        cache(proxy, tmp_path).read(*put(proxy.server, 1, 20_000))
+    wanted = put(proxy.server, 2)
+    proxy.faults = [Fault("vanish")]
+    with pytest.raises(ObjectMissingError, match="cached/2"):
+        cache(proxy, tmp_path).read(*wanted)
+    assert held(tmp_path) == 0
+    assert cache(proxy, tmp_path).read(*put(proxy.server, 2)) == bytes([2]) * 1000
