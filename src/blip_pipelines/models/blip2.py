@@ -10,15 +10,16 @@ Shapes: B batch, Q queries, T text tokens, S prefix tokens, N image tokens, D wi
 V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from blip_pipelines.data.instruction_tokens import INSTRUCTION, InstructionPlace
 from blip_pipelines.models.frozen_tower import FrozenTower
 from blip_pipelines.models.initialisation import initialise
-from blip_pipelines.models.language import LanguageModel
+from blip_pipelines.models.language import LanguageModel, Reading
 from blip_pipelines.models.med import KeysValues
 from blip_pipelines.models.qformer import QFormer
 
@@ -28,7 +29,8 @@ class Blip2Config:
     """How the language model is spoken to.
 
     Attributes:
-        prompt: what it reads, with `{image}` where the soft prompts go.
+        prompt: what it reads, with `{image}` where the soft prompts go and, behind it, `{instruction}` where a row's
+            own instruction goes, if there are any.
         chat: the prompt is a user's turn in the words of the chat template.
         projection: start of the linear layer, as the paper or scaled to the embedding table.
         reads_instructions: text goes to the Q-Former too (InstructBLIP); otherwise its text side does not train.
@@ -69,8 +71,21 @@ class Blip2(nn.Module):
                 weight = self.language_projection.weight
                 weight.mul_(former.config.text.width**-0.5 / (weight.std() * former.query_rms))
         former.train_queries(config.reads_instructions)
-        before, after = language.tokenizer.around_image(config.prompt, config.chat)
-        self.before_ids, self.after_ids = self._special(before, after)
+        self.speak(config.prompt, config.chat)
+
+    def speak(self, prompt: str, chat: bool = False) -> None:
+        """Put another prompt around picture and instruction.
+
+        Raises:
+            ValueError: the picture's place is not marked once, or there is no chat template.
+        """
+        self.config = replace(self.config, prompt=prompt, chat=chat)
+        before, after = self.language.tokenizer.around_image(prompt, chat)
+        opening, _, closing = after.partition(INSTRUCTION)
+        lead = opening[len(opening.rstrip(" ")) :] if INSTRUCTION in after else ""
+        self.before_ids, opening_ids, closing_ids = self._special(before, opening.removesuffix(lead), closing)
+        self.place = InstructionPlace(tuple(opening_ids), tuple(closing_ids), lead)
+        self.after_ids = opening_ids + closing_ids
         self._remembered: KeysValues | None = None
 
     def see(self, pixels: Tensor) -> KeysValues:
@@ -115,6 +130,13 @@ class Blip2(nn.Module):
         """(R, V) logits of any chosen states; give it only the positions that have a target."""
         return self.language.lm_head(hidden_RW)
 
+    def read(self, soft_BQW: Tensor, text_ids_BS: Tensor | None = None, text_mask_BS: Tensor | None = None) -> Reading:
+        """What the language model keeps of picture and instruction, to be asked for many answers to them."""
+        prefix_BSW, mask_BS = self._after_before(soft_BQW, text_ids_BS, text_mask_BS)
+        if self.before_ids and self.language.decoder_only:
+            return self.language.read(prefix_BSW, mask_BS, self._remember(soft_BQW.device))
+        return self.language.read(*self._with_before(prefix_BSW, mask_BS))
+
     def generate(
         self,
         soft_BQW: Tensor,
@@ -126,16 +148,19 @@ class Blip2(nn.Module):
         prefix_BSW, mask_BS = self._after_before(soft_BQW, text_ids_BS, text_mask_BS)
         return self.language.generate(*self._with_before(prefix_BSW, mask_BS), **settings)
 
-    def _special(self, before: str, after: str) -> tuple[list[int], list[int]]:
-        """Ids of the prompt's parts. The special tokens that a tokenizer puts around a text go to the front for a model
-        that goes on, behind an empty first part, as the published OPT models have it, and to the end for an encoder.
+    def _special(self, *parts: str) -> tuple[list[int], list[int], list[int]]:
+        """Ids of the prompt's parts: before the picture, then before and after the instruction. The special tokens that
+        a tokenizer puts around a text go to the front for a model that goes on, behind an empty first part, as the
+        published OPT models have it, and to the end for an encoder.
         """
         tokenizer = self.language.tokenizer
         around = tokenizer.prompt_ids("", special=True) if not self.config.chat else []
-        before_ids, after_ids = tokenizer.prompt_ids(before), tokenizer.prompt_ids(after)
+        before_ids, opening_ids, closing_ids = map(tokenizer.prompt_ids, parts)
         if not self.language.decoder_only:
-            return before_ids, after_ids + around
-        return (around + before_ids, after_ids) if before_ids else ([], around + after_ids)
+            return before_ids, opening_ids, closing_ids + around
+        if before_ids:
+            return around + before_ids, opening_ids, closing_ids
+        return before_ids, around + opening_ids, closing_ids
 
     def _remember(self, device: torch.device) -> KeysValues:
         if self._remembered is None or self._remembered.layers[0][0].device != device:

@@ -58,6 +58,26 @@ class LanguageConfig:
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A prefix of B rows that a language model has read, to be asked for answers.
+
+    Attributes:
+        states: (B, S, W) of an encoder, or (B, 1, W), the embeddings of the prefix's last token alone.
+        mask: bool (B, S), False where there is padding: of the states or of what is past; None: nowhere.
+        past: keys and values of all before the last token, decoder-only.
+    """
+
+    states: Tensor
+    mask: Tensor | None
+    past: KeysValues | None
+
+    def select(self, index: Tensor) -> "Reading":
+        """Rows by number; one may be taken many times."""
+        mask = None if self.mask is None else self.mask[index]
+        return Reading(self.states[index], mask, self.past.select(index) if self.past else None)
+
+
 class LanguageModel(Frozen):
     """A stock language model that never changes.
 
@@ -125,27 +145,64 @@ class LanguageModel(Frozen):
         """
         with self._own_precision():
             if self.decoder_only:
+                if prefix_mask_BS is not None:
+                    prefix_BSW, prefix_mask_BS = pad_left(prefix_BSW, prefix_mask_BS)
+                    prefix_mask_BS = self._with_past(prefix_mask_BS, past)
                 return self._go_on(prefix_BSW.to(self.dtype), token_ids_BT, prefix_mask_BS, past)
-            states = self.model.get_encoder()(inputs_embeds=prefix_BSW.to(self.dtype), attention_mask=prefix_mask_BS)
-            return self.model.get_decoder()(
-                input_ids=token_ids_BT[:, :-1],
-                encoder_hidden_states=states.last_hidden_state,
-                encoder_attention_mask=prefix_mask_BS,
-                use_cache=False,
-            ).last_hidden_state
+            return self._decode(self._encode(prefix_BSW, prefix_mask_BS), token_ids_BT, prefix_mask_BS)
+
+    @torch.no_grad()
+    def read(self, prefix_BSW: Tensor, prefix_mask_BS: Tensor | None = None, past: KeysValues | None = None) -> Reading:
+        """A prefix read once, for `ask`; arguments as of `hidden`."""
+        with self._own_precision():
+            if not self.decoder_only:
+                return Reading(self._encode(prefix_BSW, prefix_mask_BS), prefix_mask_BS, None)
+            if prefix_mask_BS is not None:
+                prefix_BSW, prefix_mask_BS = pad_left(prefix_BSW, prefix_mask_BS)
+                prefix_mask_BS = self._with_past(prefix_mask_BS, past)[:, :-1]
+            prefix_BSW = prefix_BSW.to(self.dtype)
+            cache: Any = self._cache(past, len(prefix_BSW)) or DynamicCache(config=self.model.config)
+            if prefix_BSW.shape[1] > 1:
+                places = self._places(prefix_mask_BS, prefix_BSW.shape[1] - 1)
+                self.model.base_model(inputs_embeds=prefix_BSW[:, :-1], past_key_values=cache, use_cache=True, **places)
+        kept = [(layer.keys, layer.values) for layer in cache.layers] if cache.get_seq_length() else []
+        return Reading(prefix_BSW[:, -1:], prefix_mask_BS, KeysValues(kept) if kept else None)
+
+    @torch.no_grad()
+    def ask(self, reading: Reading, token_ids_BT: Tensor) -> Tensor:
+        """(B, T - 1, W') states, as of `hidden`, for an answer to each row of what was read."""
+        with self._own_precision():
+            if not self.decoder_only:
+                return self._decode(reading.states, token_ids_BT, reading.mask)
+            mask_BS = reading.mask
+            if mask_BS is not None:
+                mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(mask_BS), 1)], 1)
+            return self._go_on(reading.states, token_ids_BT, mask_BS, reading.past)
+
+    def _encode(self, prefix_BSW: Tensor, prefix_mask_BS: Tensor | None) -> Tensor:
+        encoder = self.model.get_encoder()
+        return encoder(inputs_embeds=prefix_BSW.to(self.dtype), attention_mask=prefix_mask_BS).last_hidden_state
+
+    def _decode(self, states_BSW: Tensor, token_ids_BT: Tensor, prefix_mask_BS: Tensor | None) -> Tensor:
+        return self.model.get_decoder()(
+            input_ids=token_ids_BT[:, :-1],
+            encoder_hidden_states=states_BSW,
+            encoder_attention_mask=prefix_mask_BS,
+            use_cache=False,
+        ).last_hidden_state
 
     def _go_on(
-        self, prefix_BSW: Tensor, token_ids_BT: Tensor, prefix_mask_BS: Tensor | None, past: KeysValues | None
+        self, prefix_BSW: Tensor, token_ids_BT: Tensor, mask_BS: Tensor | None, past: KeysValues | None
     ) -> Tensor:
-        if prefix_mask_BS is not None:
-            prefix_BSW, prefix_mask_BS = pad_left(prefix_BSW, prefix_mask_BS)
+        """Args: mask_BS: of the past and of the prefix, whose padding is in front."""
         inputs = torch.cat([prefix_BSW, self.embed(token_ids_BT[:, 1:-1])], 1)
-        known = len(inputs), past.layers[0][0].shape[2] if past is not None else 0
+        if mask_BS is not None:
+            mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(mask_BS), token_ids_BT.shape[1] - 2)], 1)
         states = self.model.base_model(
             inputs_embeds=inputs,
             past_key_values=self._cache(past, len(inputs)),
             use_cache=past is not None,
-            **self._places(prefix_mask_BS, token_ids_BT.shape[1] - 2, known),
+            **self._places(mask_BS, inputs.shape[1]),
         ).last_hidden_state
         return states[:, prefix_BSW.shape[1] - 1 :]
 
@@ -194,14 +251,21 @@ class LanguageModel(Frozen):
             cache.update(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), layer)
         return cache
 
-    def _places(self, prefix_mask_BS: Tensor | None, words: int, known: tuple[int, int]) -> dict[str, Tensor]:
-        """Attention mask and positions, where a prefix has padding: words count on as if it were not there."""
-        if prefix_mask_BS is None:
+    def _with_past(self, mask_BS: Tensor, past: KeysValues | None) -> Tensor:
+        """The mask with what is past, all of it words."""
+        known = past.layers[0][0].shape[2] if past is not None else 0
+        return torch.cat([mask_BS.new_ones(len(mask_BS), known), mask_BS], 1)
+
+    def _places(self, mask_BS: Tensor | None, tokens: int) -> dict[str, Tensor]:
+        """Attention mask and positions of the last tokens, where there is padding: they count as if it were not there.
+
+        Args:
+            mask_BS: of all that is read, the past included.
+        """
+        if mask_BS is None:
             return {}
-        batch, past = known
-        ones = prefix_mask_BS.new_ones
-        mask = torch.cat([ones(batch, past), prefix_mask_BS, ones(batch, words)], 1).long()
-        return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, past:]}
+        mask_BS = mask_BS.long()
+        return {"attention_mask": mask_BS, "position_ids": (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -tokens:]}
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -1,0 +1,119 @@
+"""The batches of instruction tuning: pictures, instructions for two readers, answers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from blip_pipelines.data.instruction_tokens import InstructionTokens
+from blip_pipelines.data.instructions import Instructions
+from blip_pipelines.data.loader import Batch, DataError, ReadImages, StepLoader, share_of
+from blip_pipelines.data.mixture import InstructionOrder
+from blip_pipelines.data.order import draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionBatch(Batch):
+    """A `Batch` whose tokens are the answers, with the instructions.
+
+    All ids are right padded, to the longest of the global micro-batch.
+
+    Attributes:
+        read_ids, read_mask: (B, S) int64 and bool, what the language model reads behind the picture.
+        question_ids, question_mask: (B, I) int64 and bool, what the Q-Former reads.
+        cut: (B, 3) int64, tokens that were cut from the instruction for either and from the answer.
+    """
+
+    read_ids: Tensor
+    read_mask: Tensor
+    question_ids: Tensor
+    question_mask: Tensor
+    cut: Tensor
+
+
+class InstructionLoader(StepLoader):
+    """Rows of a mixture of data sets.
+
+    Args:
+        instructions: the view to train on.
+        order: of that view.
+        read_images: `DecodedPixels` or `FrozenFeatures` of that view.
+        tokens: of the language model and the Q-Former.
+        seed: of the draw of one of a row's answers, by its share of the annotators.
+        batch_samples_global, accumulation, rank, ranks: see `Loader`.
+        steps, start_step, workers: see `StepLoader`.
+    """
+
+    def __init__(
+        self,
+        instructions: Instructions,
+        order: InstructionOrder,
+        read_images: ReadImages,
+        tokens: InstructionTokens,
+        seed: int,
+        batch_samples_global: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        steps: int = 1,
+        start_step: int = 0,
+        workers: int = 0,
+    ):
+        micro, part = share_of(batch_samples_global, accumulation, rank, ranks)
+        instructions.preload()
+        for name in ("instruction", "answers"):
+            instructions.column(name)
+        by_step = _Steps(instructions, order, read_images, tokens, seed, batch_samples_global, micro, part)
+        super().__init__(by_step, steps, start_step, workers)
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset):
+    """Optimizer steps by number."""
+
+    instructions: Instructions
+    order: InstructionOrder
+    read_images: ReadImages
+    tokens: InstructionTokens
+    seed: int
+    batch_samples_global: int
+    micro_samples_global: int
+    part: slice  # this rank's rows of a global micro-batch
+
+    def __getitem__(self, step: int) -> list[InstructionBatch] | DataError:
+        try:
+            return self._batches(step)
+        except DataError as error:  # returned, for a raised one would arrive wrapped in a worker's traceback
+            return error
+
+    def _batches(self, step: int) -> list[InstructionBatch]:
+        rows = self.order.rows(step * self.batch_samples_global, self.batch_samples_global)
+        draws = draw(self.seed, step, "answer", 0, len(rows))[:, 0]
+        starts = range(0, self.batch_samples_global, self.micro_samples_global)
+        micros = [slice(start, start + self.micro_samples_global) for start in starts]
+        answers = [self.tokens.for_answers(self.instructions.targets(rows[micro], draws[micro])) for micro in micros]
+        target_tokens = sum(int(answer.mask[:, 1:].sum()) for answer in answers)
+        batches = []
+        for micro, answer in zip(micros, answers, strict=True):
+            texts = self.instructions.instructions(rows[micro])
+            read, question = self.tokens.for_language(texts), self.tokens.for_former(texts)
+            mine, first = rows[micro][self.part], micro.start + self.part.start
+            tensors: dict[str, np.ndarray] = {
+                "pixels": self.read_images(mine, step, first),
+                "token_ids": answer.ids[self.part],
+                "token_mask": answer.mask[self.part],
+                "image_ids": self.instructions.image_ids[mine],
+                "text_ids": self.instructions.text_ids[mine],
+                "rows": np.arange(self.part.start, self.part.stop),
+                "read_ids": read.ids[self.part],
+                "read_mask": read.mask[self.part],
+                "question_ids": question.ids[self.part],
+                "question_mask": question.mask[self.part],
+                "cut": np.stack([read.cut, question.cut, answer.cut], 1)[self.part],
+            }
+            found: dict[str, Any] = {name: torch.from_numpy(value) for name, value in tensors.items()}
+            batches.append(InstructionBatch(**found, target_tokens=target_tokens))
+        return batches
