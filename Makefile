@@ -79,4 +79,4 @@ constraints: setup ## resolve constraints.txt anew
 	rm .constraints.new
 
 clean: ## remove outputs and partial work, not the environment nor what you committed
-	rm -rf data/0[2-8]_*/* data/.work data/.cache data/.env build
+	rm -rf data/0[2-8]_*/* data/.work data/.cache data/.env data/ablations build

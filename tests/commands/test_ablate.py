@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from project_samples import Project
 
-from blip_pipelines.commands.ablate import CONFIG, read_ablations, write_environment
+from blip_pipelines.commands.ablate import CONFIG, RESULT, read_ablations, write_environment
 from blip_pipelines.config import ConfigError
+from blip_pipelines.data.storage import content_hash, read_json
 from blip_pipelines.evaluation.ablation import Run
 from blip_pipelines.pipelines import parameters
 
@@ -63,3 +65,43 @@ def test_a_comparison_with_no_row_is_refused(tmp_path):
     (tmp_path / "ablations.yml").write_text(yaml.safe_dump({"seeded": [], "tables": {"capfilt": table}}))
     with pytest.raises(ConfigError, match=r"tables\.capfilt\.better: both is no row"):
         read_ablations(tmp_path / "ablations.yml")
+
+
+@pytest.mark.slow
+def test_ablations_find_the_default_run_train_other_seeds_and_fill_the_report(tmp_path):
+    project = Project(tmp_path)
+    project.take_photos(32)
+    (project.root / CONFIG).write_text(
+        yaml.safe_dump(
+            {
+                "seeded": ["med_pretraining.seed"],
+                "tables": {
+                    "seeds": {
+                        "title": "Two seeds",
+                        "measures": ["i2t_r5"],
+                        "subsets": ["all"],
+                        "runs": [
+                            {"stages": ["med_pretraining"], "rows": {"as_it_is": "med_pretraining"}, "seeds": [0, 1]},
+                            {
+                                "stages": ["med_pretraining"],
+                                "rows": {"human_only": "med_pretraining"},
+                                "parameters": {"med_pretraining.origins": ["web"]},
+                            },
+                        ],
+                        "better": {"human_only": "as_it_is"},
+                    }
+                },
+            }
+        )
+    )
+    project.run("kedro", "run", "--pipelines", "ingestion,med_pretraining")
+    output = project.run("kedro", "ablate")
+    assert output.count("jobs.med_pretraining: nothing changed, taking") == 1, "seed 0 is the default run's model"
+    found = read_json(project.root / RESULT)
+    assert found["tables"]["seeds"]["seeds"] == {"as_it_is": 2, "human_only": 1}
+    assert {"ablation/as_it_is/i2t_r5/all", "ablation/as_it_is/i2t_r5_sd/all"} <= found["metrics"].keys()
+    models = [project.root / f"data/ablations/as_it_is/{seed}/06_models/med_pretraining" for seed in (0, 1)]
+    assert content_hash(models[0]) == content_hash(project.root / "data/06_models/med_pretraining")
+    assert content_hash(models[0]) != content_hash(models[1])
+    again = project.run("kedro", "ablate", "seeds", "--seed", "1")
+    assert "nothing changed, taking" in again and "step 1/" not in again

@@ -1,6 +1,6 @@
 """`kedro ablate`: the runs of `conf/ablations.yml`, each a `kedro run` in a data folder of its own.
 
-A run's environment lies beside its results, `data/.env/ablations/<run>/<seed>/`. Trainings that two runs have in common
+A run's environment lies beside its results, `data/ablations/<run>/<seed>/`. Trainings that two runs have in common
 are found by their fingerprint and done once; a run that was cut goes on where it was.
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from blip_pipelines.evaluation.ablation import Ablations, Run
 
 CONFIG = Path("conf/ablations.yml")
-RUNS = Path("data/.env/ablations")
+RUNS = Path("data/ablations")
 RESULT = Path("data/08_reporting/ablations.json")
 
 log = logging.getLogger(__name__)

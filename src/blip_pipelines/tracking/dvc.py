@@ -45,13 +45,14 @@ def record(root: Path, stages: Iterable[str]) -> str | None:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    if (root / "dvc.yaml").read_text("utf-8") != render(root):
+    path = root / "dvc.yaml"
+    if not path.exists() or path.read_text("utf-8") != render(root):
         return "dvc.yaml is behind the pipelines (make dvc-yaml)"
     logging.getLogger("dvc").setLevel(logging.ERROR)
     try:
         with Repo(str(root)) as repo:
             for stage in stages:
-                repo.commit(f"{root / 'dvc.yaml'}:{stage}", force=True)
+                repo.commit(f"{path}:{stage}", force=True)
     except (DvcException, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return None
