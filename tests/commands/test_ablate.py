@@ -84,11 +84,11 @@ def test_ablations_find_the_default_run_train_other_seeds_and_fill_the_report(tm
                             {"stages": ["med_pretraining"], "rows": {"as_it_is": "med_pretraining"}, "seeds": [0, 1]},
                             {
                                 "stages": ["med_pretraining"],
-                                "rows": {"human_only": "med_pretraining"},
+                                "rows": {"web_only": "med_pretraining"},
                                 "parameters": {"med_pretraining.origins": ["web"]},
                             },
                         ],
-                        "better": {"human_only": "as_it_is"},
+                        "better": {"web_only": "as_it_is"},
                     }
                 },
             }
@@ -98,7 +98,7 @@ def test_ablations_find_the_default_run_train_other_seeds_and_fill_the_report(tm
     output = project.run("kedro", "ablate")
     assert output.count("jobs.med_pretraining: nothing changed, taking") == 1, "seed 0 is the default run's model"
     found = read_json(project.root / RESULT)
-    assert found["tables"]["seeds"]["seeds"] == {"as_it_is": 2, "human_only": 1}
+    assert found["tables"]["seeds"]["seeds"] == {"as_it_is": 2, "web_only": 1}
     assert {"ablation/as_it_is/i2t_r5/all", "ablation/as_it_is/i2t_r5_sd/all"} <= found["metrics"].keys()
     models = [project.root / f"data/ablations/as_it_is/{seed}/06_models/med_pretraining" for seed in (0, 1)]
     assert content_hash(models[0]) == content_hash(project.root / "data/06_models/med_pretraining")
