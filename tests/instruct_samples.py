@@ -1,0 +1,86 @@
+"""Small instruction batches and a tiny model that reads them, for tests of several rooms."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from blip2_objectives_samples import descend, tiny_blip2
+from blip2_samples import tiny_image, tiny_qformer_config
+from data_samples import WORDS, tokenizer_json
+
+from blip_pipelines.data.instruction_loader import InstructionBatch
+from blip_pipelines.data.instruction_tokens import InstructionTokens, TokenLimits
+from blip_pipelines.data.tokens import prune_vocabulary
+from blip_pipelines.models.blip2 import Blip2, Blip2Config
+from blip_pipelines.models.qformer import QFormer
+from blip_pipelines.objectives.instruct import InstructConfig, InstructionTuning
+
+PROMPTS = {
+    "plain": Blip2Config("{image}{instruction}", reads_instructions=True),
+    "chat": Blip2Config("{image} {instruction} it", chat=True, reads_instructions=True),
+}
+ASKED = ("what is this ?", "a dog on the house ?", "it", "", "is this a small red crab on a big house ?", "what")
+ANSWERS = ("a red crab", "it is", "the dog on it", "house", "", "a small picture of the big house")
+LIMITS = TokenLimits(instruction=8, question=8, answer=7)
+
+
+def caption_tokenizer():
+    return prune_vocabulary(tokenizer_json([*WORDS, "what", "is", "this", "on", "it", "big"]))[0]
+
+
+def tiny_instructblip(kind: str, prompt: str = "plain", aware: bool = True) -> Blip2:
+    """Of a T5, the tokenizer ends a text, as the published one does."""
+    config = replace(PROMPTS[prompt], reads_instructions=aware)
+    former = QFormer(tiny_qformer_config().fit(caption_tokenizer()), 3)
+    return Blip2(former, tiny_blip2(kind).language, config, seed=3).eval()
+
+
+def tokens_of(blip2: Blip2, limits: TokenLimits = LIMITS) -> InstructionTokens:
+    return InstructionTokens(blip2.language.tokenizer, blip2.place, caption_tokenizer(), limits)
+
+
+def instruction_batches(blip2: Blip2, step: int, accumulation: int = 1, limits=LIMITS) -> list[InstructionBatch]:
+    """The global micro-batches of a step."""
+    tokens, images = tokens_of(blip2, limits), tiny_image(4).double()
+    generator = np.random.default_rng(step)
+    drawn = []
+    for _ in range(accumulation):
+        asked, answered = generator.permutation(len(ASKED)), generator.permutation(len(ANSWERS))
+        texts = [ASKED[row] for row in asked]
+        read, question = tokens.for_language(texts), tokens.for_former(texts)
+        drawn.append((read, question, tokens.for_answers([ANSWERS[row] for row in answered]), answered % 4))
+    targets = sum(int(answer.mask[:, 1:].sum()) for _, _, answer, _ in drawn)
+    batches = []
+    for read, question, answer, image_ids in drawn:
+        parts: dict[str, Any] = {
+            "token_ids": answer.ids,
+            "token_mask": answer.mask,
+            "image_ids": image_ids,
+            "text_ids": image_ids,
+            "rows": np.arange(len(image_ids)),
+            "read_ids": read.ids,
+            "read_mask": read.mask,
+            "question_ids": question.ids,
+            "question_mask": question.mask,
+            "cut": np.stack([read.cut, question.cut, answer.cut], 1),
+        }
+        tensors = {name: torch.from_numpy(value) for name, value in parts.items()}
+        batches.append(InstructionBatch(pixels=images[image_ids], target_tokens=targets, **tensors))
+    return batches
+
+
+def make_instruct_task(kind: str = "opt", prompt: str = "plain", aware: bool = True, **config) -> InstructionTuning:
+    task = InstructionTuning(tiny_instructblip(kind, prompt, aware), InstructConfig(**config))
+    return task.double().train()
+
+
+def train_instruct(world, variants: dict[str, tuple]) -> dict[str, Any]:
+    """By name: language model, prompt, whether the Q-Former reads, micro-steps."""
+    found = {}
+    for name, (kind, prompt, aware, accumulation) in variants.items():
+        task = make_instruct_task(kind, prompt, aware)
+        found[name] = descend(
+            task, world, lambda step, task=task, count=accumulation: instruction_batches(task.blip2, step, count), 2
+        )
+    return found
