@@ -75,6 +75,7 @@ class Evidence:
     predictions: Mapping[str, Path]
     credits: Sequence[str]
     registered: Sequence[dict]
+    decisions: Sequence[dict] = ()
     noise: Path | None = None
     contracts: Sequence[dict] = ()
     docs: str | None = None  # address of the Data Docs, relative to the page

@@ -88,6 +88,7 @@ def write_report(
     predictions: Mapping[str, Path],
     credits: Sequence[str],
     registered: Sequence[dict],
+    decisions: Sequence[dict] = (),
     noise: Path | None = None,
     contracts: Sequence[dict] = (),
     docs: Path | None = None,
@@ -106,6 +107,7 @@ def write_report(
         predictions: by stage, the folder with `predictions_retrieval.parquet` and `predictions_captions.parquet`.
         credits: a sentence for each work that is shown or built on; addresses in it become links.
         registered: dicts `name`, `version`, `alias`, `stage`.
+        decisions: of the gate about them: `name`, `promoted`, `refused`, `champion`, `rulings`.
         noise: the evaluator's side file; only with it are corrupted samples marked.
         contracts: a row for each rule: `rule`, `severity`, `passed`, `checked`, `failed`.
         docs: the folder of Data Docs, linked relative to the page.
@@ -123,6 +125,7 @@ def write_report(
         predictions=predictions,
         credits=credits,
         registered=registered,
+        decisions=decisions,
         noise=noise,
         contracts=contracts,
         docs=Path(os.path.relpath(entrance, out.parent)).as_posix() if entrance else None,
@@ -313,19 +316,45 @@ def times(evidence: Evidence) -> Html:
 
 
 def models(evidence: Evidence) -> Html:
-    """What was registered and the command that serves it."""
+    """What was registered, what the gate said, and the commands that serve one."""
     if not evidence.registered:
         return note("No model was registered by this run.")
-    rows = [[str(model.get(key, "")) for key in ("name", "version", "alias", "stage")] for model in evidence.registered]
-    first = evidence.registered[0]
-    name, alias = first["name"], first.get("alias", "candidate")
+    decided = {decision["name"]: decision for decision in evidence.decisions}
+    rows = []
+    for model in evidence.registered:
+        cells = [str(model.get(key, "")) for key in ("name", "version", "alias", "stage")]
+        rows.append([*cells, verdict(decided.get(model["name"]))])
+    promoted = [decision["name"] for decision in evidence.decisions if decision["promoted"]]
+    name = promoted[0] if promoted else evidence.registered[0]["name"]
+    alias = "champion" if promoted else evidence.registered[0].get("alias", "candidate")
+    rulings = [
+        tag("details", tag("summary", f"The gate on {decision['name']}"), ruling_table(decision["rulings"]))
+        for decision in evidence.decisions
+    ]
     return tag(
         "div",
-        table(["model", "version", "alias", "from stage"], rows, texts=4),
-        tag("p", "Serve one over HTTP, or load it in Python:"),
+        table(["model", "version", "alias", "from stage", "gate"], rows, texts=5),
+        rulings,
+        tag("p", "Serve one over HTTP, open the page, or load it in Python:"),
         tag("pre", f"make serve NAME={name} ALIAS={alias}"),
+        tag("pre", "make page"),
         tag("pre", f'mlflow.pyfunc.load_model("models:/{name}@{alias}")'),
     )
+
+
+def verdict(decision: Mapping[str, Any] | None) -> str:
+    if decision is None:
+        return "champion already"
+    if decision["promoted"]:
+        return f"\u2713 promoted over {decision['champion'] or 'nothing'}"
+    return f"\u2717 refused: {decision['refused']}"
+
+
+def ruling_table(rulings: Sequence[Mapping[str, Any]]) -> Html:
+    rows = [
+        [ruling["rule"], "\u2713 kept" if ruling["kept"] else "\u2717 broken", ruling["found"]] for ruling in rulings
+    ]
+    return table(["rule", "result", "found"], rows, texts=3)
 
 
 def credit_list(evidence: Evidence) -> Html:

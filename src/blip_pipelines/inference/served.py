@@ -50,7 +50,8 @@ class _MedModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Load the exported folder; MLflow calls this by keyword, so `context` keeps its name."""
-        exported = load_med(Path(context.artifacts["model"]))
+        self.folder = Path(context.artifacts["model"])
+        exported = load_med(self.folder)
         if exported.tokenizer is None:
             raise MlflowException(f"{context.artifacts['model']}: no tokenizer; export the model with its tokenizer")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

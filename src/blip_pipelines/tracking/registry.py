@@ -1,5 +1,7 @@
 """The model registry: served models with signature and example, traceable to what made them.
 
+    tags of a version   what it was made from; `run`, which has its scores, lineage and the gate's decision as artifacts
+
 A version carries the content hashes of the model folder and of the pairs, the fingerprint and the code hash of the
 job. A model folder that is registered already is not registered again; the alias moves to its version.
 """
@@ -21,7 +23,13 @@ class RegistryError(RuntimeError):
 
 
 def register_served(
-    name: str, served: Any, model: Path, alias: str, made_from: Mapping[str, str], metrics: Mapping[str, float]
+    name: str,
+    served: Any,
+    model: Path,
+    alias: str,
+    made_from: Mapping[str, str],
+    metrics: Mapping[str, float],
+    files: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Register a model folder under `name` with the code that serves it, and point `alias` at that version.
 
@@ -29,6 +37,7 @@ def register_served(
         served: an `inference.served.Served`: code, signature, example, requirements.
         made_from: content hashes and the like; tags of the version. Versions of equal "model" are one.
         metrics: flat measures; on the version's page and in its description.
+        files: kept as artifacts `<folder>/<file>` of the run, by folder; the version's tag `run` leads to them.
 
     Returns:
         A row of the report: name, version, alias, stage.
@@ -41,11 +50,63 @@ def register_served(
         raise RegistryError(f"{name}: registering needs an MLflow run; use `kedro run --pipelines release`")
     client = run.store.client
     version = _find(client, name, made_from["model"]) or _log(run, name, served, model, made_from)
-    for key, value in made_from.items():
+    for folder, path in (files or {}).items():
+        run.log_file(path, folder)
+    for key, value in {**made_from, "run": run.id}.items():
         client.set_model_version_tag(name, version, key, value)
     client.update_model_version(name, version, _card(made_from, metrics))
     client.set_registered_model_alias(name, alias, version)
     return {"name": name, "version": version, "alias": alias, "stage": made_from["stage"]}
+
+
+def load(store: runs.Store, name: str, version: str) -> Any:
+    """The served model, loaded as a server does: an MLflow `PyFuncModel`."""
+    import mlflow
+
+    mlflow.set_tracking_uri(store.uri)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return mlflow.pyfunc.load_model(f"models:/{name}/{version}")
+
+
+def exported(model: Any) -> Path:
+    """The exported folder that a loaded model was made of."""
+    return Path(model.unwrap_python_model().folder)
+
+
+def find(store: runs.Store, uri: str) -> Any:
+    """The model version behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`, as MLflow describes it.
+
+    Raises:
+        RegistryError: there is none; the message says which there are.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name, at, alias = uri.removeprefix("models:/").partition("@")
+    name, _, version = (name, "", "") if at else name.partition("/")
+    try:
+        if at:
+            return store.client.get_model_version_by_alias(name, alias)
+        return store.client.get_model_version(name, version)
+    except MlflowException as error:
+        known = [
+            f"models:/{model.name}@{known}"
+            for model in store.client.search_registered_models()
+            for known in sorted(model.aliases)
+        ]
+        listed = ", ".join(known) or "none; `kedro run` registers some"
+        raise RegistryError(f"{uri}: no such model; there are {listed}") from error
+
+
+def artifact(store: runs.Store, version: Any, path: str, into: Path) -> Path | None:
+    """A file or folder that was kept with a version, copied into a folder; None where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    run = version.tags.get("run")
+    try:
+        return Path(store.client.download_artifacts(run, path, str(into))) if run else None
+    except (MlflowException, OSError):
+        return None
 
 
 def _find(client: Any, name: str, content: str) -> str | None:

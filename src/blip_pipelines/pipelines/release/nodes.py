@@ -1,71 +1,68 @@
 """What a run ends with: models in the registry, the page, the numbers."""
 
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from blip_pipelines.pipelines.parameters import Stage, read_block
+from blip_pipelines.pipelines.release.released import Released
 from blip_pipelines.pipelines.work import WorkConfig
-
-SERVED_BY = {"med": ("blip-captioner", "blip-retriever"), "filter": ("blip-filter",)}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Args: alias that the new versions get, for people and servers to ask for."""
-
-    alias: str = "candidate"
 
 
 def read_parameters(block: dict[str, Any]) -> Stage:
-    return read_block(Config, WorkConfig, block, "release")
+    from blip_pipelines.pipelines.release.parameters import ReleaseConfig
+
+    return read_block(ReleaseConfig, WorkConfig, block, "release")
 
 
 def register(
-    model: Path,
-    pairs: Path,
-    run: dict[str, Any],
-    judge: Path,
-    judged_pairs: Path,
-    judge_run: dict[str, Any],
-    metrics: dict[str, float],
-    capfilt_metrics: dict[str, float],
-    parameters: dict[str, Any],
-    *,
-    stages: tuple[str, str] = ("med_bootstrapped", "capfilt"),
+    parameters: dict[str, Any], evaluation: dict[str, Any], *, releases: Sequence[Released], **data: Any
 ) -> dict[str, Any]:
-    """Register captioner and retriever out of the last model, and the filter, with the hashes of what made them.
+    """Register every released model with the hashes of what made it and its scores sample by sample.
 
     Args:
-        model, pairs, run: the last pretraining: its exports, what it was trained on, its run record.
-        judge, judged_pairs, judge_run: the same of the filter.
-        stages: of the two.
+        evaluation: parameters of the stage that measured them.
+        data: the data sets that `releases` names, and `noise`.
 
     Returns:
         `models`, a row each: name, version, alias, stage; and `seconds`. The same content is registered once.
     """
     started = time.monotonic()
     from blip_pipelines.data.storage import content_hash
+    from blip_pipelines.evaluation.scores import write_scores
     from blip_pipelines.inference.served import SERVED
+    from blip_pipelines.pipelines.release.gating import measures_of, recipe, scores_of_released
     from blip_pipelines.tracking.registry import register_served
 
     alias, models = read_parameters(parameters).config.alias, []
-    for kind, stage, folder, data, record, measures in (
-        ("med", stages[0], model, pairs, run, metrics),
-        ("filter", stages[1], judge, judged_pairs, judge_run["parts"]["filter"], capfilt_metrics),
-    ):
+    for released in releases:
+        record = data[released.record] if released.part is None else data[released.record]["parts"][released.part]
         made_from = {
-            "stage": stage,
-            "model": content_hash(folder),
-            "pairs": content_hash(data),
+            "stage": released.stage,
+            "model": content_hash(data[released.model]),
+            "pairs": content_hash(data[released.trained_on[0]]),
             "fingerprint": record["fingerprint"],
             "code": record["code"],
+            "recipe": recipe(released, evaluation),
         }
-        of_stage = {name: value for name, value in measures.items() if name.startswith(f"{stage}/")}
-        models += [register_served(name, SERVED[name], folder, alias, made_from, of_stage) for name in SERVED_BY[kind]]
+        with tempfile.TemporaryDirectory() as folder:
+            for name in released.names:
+                scores = Path(folder) / f"{name}.parquet"
+                write_scores(scores, scores_of_released(released, data))
+                models.append(
+                    register_served(
+                        name,
+                        SERVED[name],
+                        data[released.model],
+                        alias,
+                        made_from,
+                        measures_of(released, data),
+                        {"scores": scores},
+                    )
+                )
     return {"models": models, "seconds": time.monotonic() - started}
 
 
@@ -78,6 +75,7 @@ def report(
     docs: Path,
     metrics: dict[str, float],
     registered: dict[str, Any],
+    gate: dict[str, Any],
     ablations: dict[str, Any] | None,
     **by_stage: Any,
 ) -> tuple[Callable[[Path], None], dict[str, float]]:
@@ -85,6 +83,7 @@ def report(
 
     Args:
         metrics: flat measures `stage/metric/subset` of the evaluation.
+        gate: decisions about the registered models.
         ablations: what `evaluation.ablation.collect` found; None where they were not run.
         by_stage: `run_<stage>`, run records; `history_<stage>`, curves; `predictions_<stage>`, folders; of each round
             of CapFilt also `decided_<stage>`, its judged captions, and `metrics_<stage>`.
@@ -95,7 +94,7 @@ def report(
     def of(kind: str) -> dict[str, Any]:
         return {name.removeprefix(f"{kind}_"): by_stage[name] for name in by_stage if name.startswith(f"{kind}_")}
 
-    stages = {**of("run"), "release": {"seconds": registered["seconds"]}}
+    stages = {**of("run"), "release": {"seconds": registered["seconds"] + gate["seconds"]}}
     measures = {name: value for each in (metrics, *of("metrics").values()) for name, value in each.items()}
     if ablations:
         measures |= ablations["metrics"]
@@ -111,6 +110,7 @@ def report(
         decided=of("decided"),
         credits=[wheel.credit for wheel in WHEELS.values() if wheel.credit],
         registered=registered["models"],
+        decisions=gate["decisions"],
         noise=noise,
         contracts=contracts,
         docs=docs,

@@ -1,14 +1,21 @@
-"""Measured models → registry, report, summary."""
+"""Measured models → registry, gate, report, summary."""
 
 from kedro.pipeline import Node, Pipeline
 
+from blip_pipelines.pipelines.release.gating import gate
 from blip_pipelines.pipelines.release.nodes import register, report
+from blip_pipelines.pipelines.release.released import releases
 from blip_pipelines.pipelines.rounds import in_round, models_of, with_known
 
 
 def create_pipeline(rounds: int = 1) -> Pipeline:
     models, filtered = models_of(rounds), [in_round("capfilt", number) for number in range(1, rounds + 1)]
-    last, judge = models[-1], filtered[-1]
+    released = releases(rounds)
+    of_models = {
+        **{name: name for entry in released for name in (*entry.data_sets, "noise")},
+        "parameters": "params:release",
+        "evaluation": "params:evaluation",
+    }
     of_stages = {
         **{f"run_{stage}": f"{stage}_run" for stage in ("ingestion", *models, *filtered, "evaluation")},
         **{f"history_{stage}": f"{stage}_history" for stage in models},
@@ -22,15 +29,12 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
     }
     return Pipeline(
         [
+            Node(with_known(register, releases=released), of_models, "registered", name="register"),
             Node(
-                with_known(register, stages=(last, judge)),
-                [
-                    *(f"{last}_model", f"{judge}_pairs", f"{last}_run"),
-                    *(f"{judge}_filter", "pairs", f"{judge}_run"),
-                    *("evaluation_metrics", f"{judge}_metrics", "params:release"),
-                ],
-                "registered",
-                name="register",
+                with_known(gate, releases=released),
+                {"registered": "registered", **of_models, "pairs": "pairs", "images": "images"},
+                "gate",
+                name="gate",
             ),
             Node(
                 report,
@@ -43,6 +47,7 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
                     "docs": "data_docs",
                     "metrics": "evaluation_metrics",
                     "registered": "registered",
+                    "gate": "gate",
                     "ablations": "ablations",
                     **of_stages,
                 },

@@ -1,0 +1,68 @@
+import pytest
+import safetensors.torch
+import torch
+from blip2_samples import tiny_language, tiny_qformer_config, vit_folder
+from data_samples import WORDS, tokenizer_json
+from inference_samples import export_tiny_med, random_stem
+
+from blip_pipelines.data.storage import read_json, sha256_file, write_json
+from blip_pipelines.data.tokens import prune_vocabulary
+from blip_pipelines.models.blip2 import Blip2, Blip2Config
+from blip_pipelines.models.blip2_exports import export_blip2
+from blip_pipelines.models.frozen_tower import TowerConfig, open_tower
+from blip_pipelines.models.qformer import QFormer
+from blip_pipelines.models.reload import reload_differences
+
+
+@pytest.mark.parametrize("stem", [None, 128], ids=["pixels", "stem"])
+def test_an_export_says_in_stock_classes_what_it_says_in_ours(tmp_path, stem):
+    folder = export_tiny_med(tmp_path, random_stem() if stem else None, stem or 8)
+    differences = reload_differences(folder)
+    assert differences.keys() == {"retrieval", "captioning"}
+    assert max(differences.values()) < 1e-4
+
+
+def test_a_weight_that_stock_does_not_know_is_told(tmp_path):
+    folder = export_tiny_med(tmp_path)
+    file, note = folder / "retrieval" / "model.safetensors", read_json(folder / "med.json")
+    weights = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({**weights, "strange.weight": torch.zeros(1)}, file, {"format": "pt"})
+    note["sha256"]["retrieval/model.safetensors"] = sha256_file(file)
+    write_json(folder / "med.json", note)
+    assert "unexpected_keys: strange.weight" in reload_differences(folder)["retrieval"]
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "t5"])
+def test_both_stages_of_blip_2_are_reloaded(tmp_path, kind):
+    vit_folder(tmp_path / "vit")
+    tower = open_tower(TowerConfig(str(tmp_path / "vit")))
+    tokenizer, _ = prune_vocabulary(tokenizer_json(), WORDS)
+    former = QFormer(tiny_qformer_config().behind(tower).fit(tokenizer), 0).eval()
+    tower.start_norm(former.ln_vision)
+    export_blip2(former, tmp_path / "one", tower, tokenizer, {"size": 8}, temperature=0.06)
+    model = Blip2(
+        former, tiny_language(kind), Blip2Config("picture : {image} it is", projection="scaled"), tower
+    ).eval()
+    export_blip2(former, tmp_path / "two", tower, tokenizer, {"size": 8}, model=model)
+    assert reload_differences(tmp_path / "one")["retrieval"] < 1e-4
+    assert reload_differences(tmp_path / "two")["generation"] < 1e-4
+
+
+def test_a_folder_without_an_export_has_nothing_to_reload(tmp_path):
+    assert reload_differences(tmp_path) == {}
+
+
+def test_other_outputs_are_a_difference(tmp_path, monkeypatch):
+    from blip_pipelines.models import reload
+
+    folder = export_tiny_med(tmp_path)
+    stock = reload._reload
+
+    def disturbed(kind, place):
+        model = stock(kind, place)
+        with torch.no_grad():
+            model.vision_model.embeddings.position_embedding.add_(torch.randn(model.config.vision_config.hidden_size))
+        return model
+
+    monkeypatch.setattr(reload, "_reload", disturbed)
+    assert min(reload_differences(folder).values()) > 1e-3

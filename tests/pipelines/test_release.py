@@ -1,0 +1,145 @@
+"""From measured models to a champion: registered, judged, promoted or refused, rolled back."""
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from evaluation_samples import write_scene
+from inference_samples import export_tiny_med
+from project_samples import ROOT
+
+from blip_pipelines.data.pairs import Pairs, write_pairs
+from blip_pipelines.data.storage import content_hash, read_json, write_json
+from blip_pipelines.pipelines.release.gating import gate
+from blip_pipelines.pipelines.release.nodes import register
+from blip_pipelines.pipelines.release.released import Released
+from blip_pipelines.tracking import champions, runs
+from blip_pipelines.tracking.registry import RegistryError, artifact, find
+from blip_pipelines.tracking.runs import Store
+
+NAME = "blip-captioner"
+MODEL = Released(
+    stage="med",
+    names=(NAME,),
+    model="med_model",
+    record="med_run",
+    trained_on=("corpus", "pairs"),
+    contracts="contracts",
+    checked="checked",
+    predictions="med_predictions",
+    metrics="metrics",
+    measured_by="blip_pipelines.jobs.evaluate_med",
+)
+RELEASE = {"gate": {"draws": 200, "max_slowdown": 100.0, "models": {NAME: {"guarded": ["cider/image"]}}}}
+BASE = yaml.safe_load((ROOT / "conf" / "base" / "parameters_evaluation.yml").read_text())["evaluation"]
+
+
+@pytest.fixture
+def scene(tmp_path, monkeypatch):
+    """A store, a data set, and `release(name, ...)`, which registers a model of that content and asks the gate."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store, data = Store(tmp_path / "mlruns", "tests"), write_scene(tmp_path)
+    export_tiny_med(tmp_path / "exported")
+    test = Pairs.open(data["pairs"], data["images"]).select(split="test", subset="image")
+    evaluation = {
+        **BASE,
+        "subsets": ["image"],
+        "candidates": 4,
+        "launch": {"mode": "inline", "work": str(tmp_path / "work")},
+    }
+    evaluation |= {"bootstrap_draws": 100, "beam": {"min_tokens": 2, "max_tokens": 8}}
+
+    def release(content, shift=0.0, corpus=None, keys=None, evaluation=evaluation):
+        folder = tmp_path / content
+        shutil.copytree(tmp_path / "exported", folder / "model", dirs_exist_ok=True)
+        note = read_json(folder / "model" / "med.json")
+        write_json(folder / "model" / "med.json", {**note, "temperature": len(content) + shift})
+        keys = sorted(set(test.keys)) if keys is None else keys
+        draw = np.random.default_rng(0)
+        rows = [{"subset": "image", "key": key, "cider": float(draw.random() + shift)} for key in keys]
+        (folder / "predictions").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), folder / "predictions" / "predictions_captions.parquet")
+        corpus = corpus or data["pairs"]
+        inputs = {
+            "med_model": folder / "model",
+            "med_run": {"fingerprint": content, "code": "c"},
+            "corpus": corpus,
+            "checked": {"pairs": content_hash(corpus)},
+            "contracts": [{"rule": "schema", "severity": "error", "passed": True, "failed": 0}],
+            "med_predictions": folder / "predictions",
+            "metrics": {"med/cider/image": float(np.mean([row["cider"] for row in rows]))},
+            "noise": tmp_path / "noise.parquet",
+            "pairs": data["pairs"],
+            "images": data["images"],
+        }
+        run = store.start("release")
+        runs.enter(run)
+        try:
+            registered = register(RELEASE, evaluation, releases=(MODEL,), **inputs)
+            found = gate(registered, RELEASE, evaluation, releases=(MODEL,), **inputs)
+        finally:
+            runs.enter(None)
+            run.finish()
+        return SimpleNamespace(run=run, decision=next(iter(found["decisions"]), None), registered=registered)
+
+    return SimpleNamespace(store=store, data=data, release=release, tmp=tmp_path, test=test)
+
+
+def champion_of(scene):
+    return str(scene.store.client.get_model_version_by_alias(NAME, "champion").version)
+
+
+def test_a_better_model_is_promoted_a_worse_one_refused_and_a_roll_back_restores(scene):
+    first = scene.release("first").decision
+    assert first["promoted"] and first["champion"] is None and champion_of(scene) == "1"
+    better = scene.release("better", 0.5).decision
+    assert better["promoted"] and better["champion"] == "1" and champion_of(scene) == "2"
+
+    worse = scene.release("worse", -0.5)
+    assert not worse.decision["promoted"] and champion_of(scene) == "2"
+    assert worse.decision["refused"].startswith("no_fall: cider/image fell: -1 (-1 to -1,")
+    version = find(scene.store, f"models:/{NAME}@candidate")
+    assert version.version == "3" or version.version == 3
+    assert version.tags["gate"].startswith("refused: no_fall: cider/image fell")
+    kept = artifact(scene.store, version, f"gate/{NAME}.json", scene.tmp / "kept")
+    assert read_json(kept) == worse.decision
+
+    assert champions.roll_back(scene.store, NAME, "it was rude") == ("2", "1")
+    assert champion_of(scene) == "1"
+    assert find(scene.store, f"models:/{NAME}/2").tags["withdrawn"] == "it was rude"
+    again = scene.release("better", 0.5).decision
+    assert again["refused"] == "not_withdrawn: it was rude" and champion_of(scene) == "1"
+    with pytest.raises(RegistryError, match="only version 1 has been one"):
+        champions.roll_back(scene.store, NAME, "")
+
+
+def test_the_champion_itself_is_not_judged_again(scene):
+    assert scene.release("first").decision["promoted"]
+    assert scene.release("first").decision is None
+
+
+def test_a_contaminated_training_set_is_refused_and_the_image_named(scene):
+    table = pq.read_table(scene.data["pairs"] / "00000.parquet")
+    rows = table.to_pylist()
+    (leak,) = [row for row in rows if row["key"] == scene.test.keys[0]][:1]
+    rows.append({**leak, "split": "train", "subset": None})
+    images = read_json(scene.data["pairs"] / "manifest.json")["images"]
+    write_pairs(scene.tmp / "contaminated", [pa.Table.from_pylist(rows, table.schema)], images)
+    decision = scene.release("first", corpus=scene.tmp / "contaminated").decision
+    assert not decision["promoted"]
+    assert decision["refused"].startswith("no_leak: 1 evaluation images are in the training data: " + leak["key"][:12])
+    with pytest.raises(RegistryError, match="no such model"):
+        find(scene.store, f"models:/{NAME}@champion")
+
+
+def test_a_champion_that_was_measured_on_other_rows_is_measured_anew(scene):
+    """Its kept scores are far above what it reaches today, and do not decide."""
+    assert scene.release("first", 100.0, keys=sorted(set(scene.test.keys))[:3]).decision["promoted"]
+    second = scene.release("second", 50.0).decision
+    assert second["promoted"], second["refused"]
+    (ruling,) = [ruling for ruling in second["rulings"] if ruling["rule"] == "no_fall"]
+    assert f"{len(set(scene.test.keys))} samples" in ruling["found"]
