@@ -23,22 +23,27 @@ log = logging.getLogger(__name__)
 
 
 @click.command()
-@click.argument("tables", nargs=-1)
+@click.argument("names", nargs=-1)
 @click.option("--seed", "seeds", type=int, multiple=True, help="Only these of the configured seeds.")
 @click.option("--collect", "only_collect", is_flag=True, help="Run nothing: tables of what is there.")
-def ablate(tables: tuple[str, ...], seeds: tuple[int, ...], only_collect: bool) -> None:
-    """Run the ablations of conf/ablations.yml, all or the TABLES named, and write data/08_reporting/ablations.json."""
+def ablate(names: tuple[str, ...], seeds: tuple[int, ...], only_collect: bool) -> None:
+    """Run the ablations of conf/ablations.yml and write data/08_reporting/ablations.json.
+
+    NAMES are of tables, or of single runs by their first row; all if none is given.
+    """
     from blip_pipelines.data.storage import write_json
     from blip_pipelines.evaluation.ablation import collect
 
     configured = read_ablations(CONFIG)
-    for name in tables:
-        if name not in configured.tables:
-            raise click.UsageError(f"{name} is no table of {CONFIG}; there are {', '.join(configured.tables)}")
+    known = {run.name: (run,) for table in configured.tables.values() for run in table.runs}
+    known |= {name: table.runs for name, table in configured.tables.items()}
+    for name in names:
+        if name not in known:
+            raise click.UsageError(f"{name} is no table and no run of {CONFIG}; there are {', '.join(known)}")
     wanted = [
         (run, seed)
-        for name in tables or configured.tables
-        for run in configured.tables[name].runs
+        for name in names or configured.tables
+        for run in known[name]
         for seed in run.seeds
         if not seeds or seed in seeds
     ]
