@@ -52,10 +52,10 @@ check: setup ## format, lint, types, import contracts, dvc.yaml
 	$(BIN)/python -m blip_pipelines.tracking.dvc --check
 
 test: setup packages check ## the checks and all tests
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 test-fast: setup ## the tests that take seconds
-	$(BIN)/pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m 'not slow'
 
 format: setup ## write the house format
 	$(BIN)/ruff format src tests benchmarks
