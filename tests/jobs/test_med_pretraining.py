@@ -17,7 +17,7 @@ from inference_samples import random_stem
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.loader import DataError, Loader
 from blip_pipelines.data.storage import read_json
-from blip_pipelines.jobs import med_pretraining, torchrun
+from blip_pipelines.jobs import torchrun, training_data
 from blip_pipelines.jobs.launch import LaunchConfig, launch
 from blip_pipelines.jobs.receipt import Receipt
 from blip_pipelines.jobs.torchrun import JobFailed
@@ -104,7 +104,7 @@ def test_cut_run_leaves_the_same_bytes(
                     raise DataError("the cable was pulled")
                 yield batches
 
-    monkeypatch.setattr(med_pretraining, "Loader", Cut)
+    monkeypatch.setattr(training_data, "Loader", Cut)
     with pytest.raises(DataError):
         start(tmp_path, data, config(data))
     monkeypatch.undo()

@@ -6,18 +6,22 @@ that a killed run goes on where it was; the folder is named by all that decides 
 """
 
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from PIL import Image
 
 from blip_pipelines.data import shards, storage
 from blip_pipelines.data.images import decode
 from blip_pipelines.data.order import draw
+from blip_pipelines.data.quality import index_path
 from blip_pipelines.data.storage import StorageError
 from blip_pipelines.data.transforms import ImageConfig, augment, to_pixels
 
@@ -80,13 +84,16 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._place)
 
-    def verify(self) -> None:
-        """Compare every file with the hash taken when it was written.
+    def verify(self, part: tuple[int, int] = (0, 1)) -> None:
+        """Compare files with the hashes taken when they were written.
+
+        Args:
+            part: (i, n), every n-th file from the i-th on: the share of one of n processes.
 
         Raises:
             StorageError: names the file that changed.
         """
-        for file, expected in zip(self._files, self._hashes, strict=True):
+        for file, expected in list(zip(self._files, self._hashes, strict=True))[part[0] :: part[1]]:
             if storage.sha256_file(file) != expected:
                 raise StorageError(f"{file}: content changed since it was written; {_REMEDY}")
 
@@ -141,6 +148,11 @@ def fill(
             _fill(folder, images, shard, config, encode, batch_images)
 
 
+def place(root: Path, images: Path, config: ImageConfig, tower_hash: str) -> Path:
+    """The folder that holds, or will hold, this cache."""
+    return _named(root, images, config, tower_hash)[0]
+
+
 def expected_bytes(images: Path, config: ImageConfig, tokens: int, width: int) -> int:
     """Disk that a cache of these images will take, for the caller to say before it is made."""
     return sum(shard.images for shard in _shards(images)) * config.views * tokens * width * 2
@@ -166,7 +178,7 @@ def _fill(
     keys: list[str] = []
     shape: tuple[int, ...] = ()
     with storage.writing(file) as temporary, temporary.open("wb") as array:
-        for batch_keys, features in _encode_shard(images / shard.name, config, encode, batch_images):
+        for batch_keys, features in _encode_shard(images, shard, config, encode, batch_images):
             if not keys:
                 shape = features.shape[1:]
                 header = {"descr": "<f2", "fortran_order": False, "shape": (shard.images, *shape)}
@@ -180,14 +192,14 @@ def _fill(
 
 
 def _encode_shard(
-    path: Path, config: ImageConfig, encode: Encode, batch_images: int
+    images: Path, shard: shards.Shard, config: ImageConfig, encode: Encode, batch_images: int
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Keys and (B, V, N, P) float16 features of the images of a tar, in its order."""
-    with tarfile.open(path, "r:") as tar:
-        members = tar.getmembers()
-        for start in range(0, len(members), batch_images):
-            files = (tar.extractfile(member) for member in members[start : start + batch_images])
-            contents = [file.read() for file in files if file is not None]
+    """Keys and (B, V, N, P) float16 features of the images of a shard, in its order."""
+    reader, number = shards.ShardReader(images), int(Path(shard.name).stem)
+    with reader.open(number) as file:
+        places = _places(images, number) if reader.is_in_place(number) else _walk(file)
+        for start in range(0, len(places), batch_images):
+            contents = [os.pread(file.fileno(), size, at) for at, size in places[start : start + batch_images]]
             keys = [storage.sha256(content) for content in contents]
             decoded = [decode(content, limits=None) for content in contents]
             views = []
@@ -196,8 +208,22 @@ def _encode_shard(
                 views.append(np.asarray(encode(np.stack(pixels))).astype("<f2"))
             features = np.stack(views, 1)
             if not np.isfinite(features).all():
-                raise ValueError(f"{path}: features are not finite in float16; scale the outputs of the tower")
+                raise ValueError(f"{shard.name}: features are not finite in float16; scale the outputs of the tower")
             yield keys, features
+
+
+def _walk(file: BinaryIO) -> list[tuple[int, int]]:
+    """(offset, size) of the members of a tar of ours."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        return [(member.offset_data, member.size) for member in tar.getmembers()]
+
+
+def _places(images: Path, shard: int) -> list[tuple[int, int]]:
+    """(offset, size) of the images that a tar in place has for the data set: its index knows them."""
+    index = pq.read_table(index_path(images, shard), columns=["key", "offset", "size", "shard"])
+    here = index.filter(pc.equal(index["shard"], shard)).group_by("key", use_threads=False)
+    first = here.aggregate([("offset", "min"), ("size", "min")]).sort_by("offset_min")
+    return list(zip(first["offset_min"].to_pylist(), first["size_min"].to_pylist(), strict=True))
 
 
 def _view(image: Image.Image, key: str, view: int, config: ImageConfig) -> np.ndarray:

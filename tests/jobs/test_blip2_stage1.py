@@ -1,0 +1,222 @@
+"""Stage 1 of BLIP-2 on a data set of a dozen pictures: what it leaves, what it leaves alone, and that cutting it
+changes no bit of it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from blip2_samples import vit_folder
+from data_samples import tokenizer_json, write_data_set
+from inference_samples import export_tiny_med, random_stem
+
+from blip_pipelines.config import ConfigError
+from blip_pipelines.data.features import FeatureCache
+from blip_pipelines.data.loader import DataError, Loader
+from blip_pipelines.data.storage import StorageError, read_json
+from blip_pipelines.jobs import training_data
+from blip_pipelines.jobs.launch import LaunchConfig, launch
+from blip_pipelines.jobs.receipt import Receipt
+from blip_pipelines.models.blip2_exports import load_blip2
+from blip_pipelines.models.frozen_tower import TowerConfig, open_tower
+from blip_pipelines.objectives.qformer import QFormerPretraining
+
+JOB = "blip_pipelines.jobs.blip2_stage1"
+IMAGES = 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    pairs, images = write_data_set(folder, [12, 8], captions_per_image=2)
+    return {"pairs": pairs, "images": images, "med": export_tiny_med(folder / "med")}
+
+
+def config(**changed: Any) -> dict[str, Any]:
+    """Dropout and two micro-steps; 16 wide as the tiny MED."""
+    return {
+        "qformer": {
+            "text": {"width": 16, "layers": 2, "heads": 2, "ffn_width": 24, "max_positions": 24, "dropout": 0.1},
+            "queries": 3,
+            "projection": 8,
+            "initializer": "fan_in",
+        },
+        "max_tokens": 12,
+        "window_shards": 1,
+        "objective": {"negatives_uniform_share": 0.5},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
+        "training": {
+            "steps": 7,
+            "batch_samples_global": 8,
+            "accumulation": 2,
+            "precision": "float32",
+            "validate_every_steps": 3,
+            "checkpoint_every_steps": 2,
+            "peak_flops": 1e9,
+        },
+        **changed,
+    }
+
+
+def start(root: Path, data: dict[str, Path], settings: dict[str, Any]) -> Receipt:
+    inputs = {name: data[name] for name in ("pairs", "images", "med") if name in data}
+    return launch(JOB, settings, inputs, LaunchConfig(mode="inline", threads_per_rank=1, work=str(root / "work")))
+
+
+def outputs(receipt: Receipt) -> dict[str, bytes]:
+    return {
+        path.relative_to(receipt.folder).as_posix(): path.read_bytes()
+        for path in receipt.folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def losses(receipt: Receipt) -> list[list[float]]:
+    rows = [row for row in read_json(receipt.folder / "history.json") if "loss" in row]
+    return [[row[name] for name in ("itc", "itm", "itg")] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path, data: dict[str, Path]) -> Receipt:
+    return start(root, data, config())
+
+
+def test_outputs_are_a_model_that_loads_its_checkpoint_and_the_curves(whole: Receipt, data: dict[str, Path]) -> None:
+    exported = load_blip2(whole.folder)
+    assert exported.tokenizer is not None and exported.model is None
+    assert exported.former.config.text.vocabulary == len(exported.tokenizer) == whole.facts["vocabulary"]
+    assert exported.former.config.queries == 3
+    assert exported.image["size"] == 8
+    assert (whole.folder / "retrieval" / "model.safetensors").exists()
+    assert (whole.folder / "checkpoint" / "tensors.safetensors").exists()
+    history = read_json(whole.folder / "history.json")
+    curves = [row for row in history if "loss" in row]
+    assert [row["step"] for row in curves] == [1, 2, 3, 4, 5, 6, 7]
+    assert {"itc", "itm", "itg", "temperature", "recall_i2t", "gradient_norm"} <= curves[0].keys()
+    assert [row["step"] for row in history if "val/i2t_r5/combo" in row] == [3, 6, 7]
+    assert whole.facts["last"] == curves[-1]
+    assert whole.facts["rows"] == 30  # three quarters of twenty images, two captions each
+    assert whole.facts["started"][0].startswith(f"{data['med']}: ")
+
+
+def test_frozen_tower_is_the_meds_and_stays_it(whole: Receipt, data: dict[str, Path]) -> None:
+    before = open_tower(TowerConfig(str(data["med"])))
+    exported = load_blip2(whole.folder)
+    assert exported.tower.hash == before.hash == whole.facts["tower"]["hash"]
+    pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(exported.tower(pixels), before(pixels))
+    assert whole.facts["frozen_parameters"] == sum(parameter.numel() for parameter in before.parameters())
+
+
+@pytest.mark.parametrize("until", [1, 3, 6])
+def test_cut_run_leaves_the_same_bytes(
+    tmp_path: Path, data: dict[str, Path], whole: Receipt, until: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cut(Loader):
+        def __iter__(self):
+            for step, batches in enumerate(super().__iter__(), self.start_step):
+                if step == until:
+                    raise DataError("the cable was pulled")
+                yield batches
+
+    monkeypatch.setattr(training_data, "Loader", Cut)
+    with pytest.raises(DataError):
+        start(tmp_path, data, config())
+    monkeypatch.undo()
+    assert outputs(start(tmp_path, data, config())) == outputs(whole)
+
+
+def test_loader_in_other_processes_gives_the_same_bytes(tmp_path: Path, data: dict[str, Path], whole: Receipt) -> None:
+    assert outputs(start(tmp_path, data, config(loader_workers=2))) == outputs(whole)
+
+
+def test_live_tower_gives_the_losses_of_cached_features_and_is_not_touched(
+    tmp_path: Path, data: dict[str, Path], whole: Receipt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[QFormerPretraining] = []
+
+    class Watched(QFormerPretraining):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            tasks.append(self)
+
+        def forward(self, *arguments: Any) -> dict[str, torch.Tensor]:
+            assert self.training and self.tower is not None and not any(m.training for m in self.tower.modules())
+            return super().forward(*arguments)
+
+    monkeypatch.setattr("blip_pipelines.jobs.blip2_stage1.QFormerPretraining", Watched)
+    receipt = start(tmp_path, data, config(features="live", image={"size": 8, "augment": False}))
+    # The tower's products are of batches of another size, so they round differently before they become float16.
+    np.testing.assert_allclose(losses(receipt), losses(whole), rtol=1e-3)
+    assert not (tmp_path / ".cache").exists()
+    (task,) = tasks
+    assert task.tower is not None
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in task.tower.parameters())
+    assert load_blip2(receipt.folder).tower.hash == load_blip2(whole.folder).tower.hash
+
+
+def test_the_cache_is_announced_counted_and_used_again(
+    tmp_path: Path, data: dict[str, Path], whole: Receipt, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    first = start(tmp_path, data, config())
+    assert f"frozen features: {IMAGES} images x 5 x 24 take 4.8 kB" in caplog.text
+    # 7 steps x 8 reads, of which the twenty images had to be computed.
+    assert first.speed["features_hit_rate"] == pytest.approx(1 - IMAGES / 56)
+    second = start(tmp_path, data, config(seed=1))
+    assert second.speed["features_hit_rate"] == 1
+    assert {"features_seconds", "features_seconds_saved"} <= second.speed.keys()
+
+
+def test_a_damaged_cache_is_noticed_before_it_is_used(tmp_path: Path, data: dict[str, Path]) -> None:
+    start(tmp_path, data, config())
+    (file,) = (tmp_path / ".cache" / "features").glob("*/00000.npy")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match=r"00000\.npy: content changed since it was written"):
+        start(tmp_path, data, config(seed=1))
+
+
+def test_med_behind_a_stem_keeps_its_stem(tmp_path: Path, data: dict[str, Path]) -> None:
+    med = export_tiny_med(tmp_path / "med", random_stem(), 128)
+    settings = config()
+    settings["training"] |= {"steps": 2}
+    receipt = start(tmp_path, {**data, "med": med}, settings)
+    exported = load_blip2(receipt.folder)
+    assert exported.tower.stem is not None
+    (index,) = (tmp_path / ".cache" / "features").glob("*/index.json")
+    cache = FeatureCache(index.parent)
+    assert (cache.tokens, cache.width) == (exported.tower.tokens, exported.tower.width)
+
+
+def test_a_stock_tower_and_a_bert_start_need_no_med(tmp_path: Path, data: dict[str, Path]) -> None:
+    vit_folder(tmp_path / "vit")
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json())
+    settings = config(
+        tower={"source": str(tmp_path / "vit")},
+        start={},
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        prune_vocabulary=True,
+    )
+    settings["training"] |= {"steps": 2}
+    receipt = start(tmp_path, {"pairs": data["pairs"], "images": data["images"]}, settings)
+    exported = load_blip2(receipt.folder)
+    assert exported.tower.width == exported.former.config.image_width == 24
+    assert exported.tokenizer is not None
+    assert receipt.facts["started"] == []
+
+
+def test_what_does_not_fit_is_an_error_before_training(tmp_path: Path, data: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"image\.size: 24, and the tower reads 8"):
+        start(tmp_path, data, config(image={"size": 24}))
+    with pytest.raises(ConfigError, match="was given no MED"):
+        start(tmp_path, {"pairs": data["pairs"], "images": data["images"]}, config())
+    with pytest.raises(ConfigError, match=r"blip2_stage1\.tokenizer: missing"):
+        start(tmp_path, data, config(start={}))
