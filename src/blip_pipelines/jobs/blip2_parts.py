@@ -1,0 +1,112 @@
+"""What stage 2 of BLIP-2 is put together from: the Q-Former, its frozen tower, and the frozen language model."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from blip_pipelines.config import ConfigError, read
+from blip_pipelines.data.features import FeatureCache
+from blip_pipelines.data.loader import DecodedPixels, FrozenFeatures, ReadImages
+from blip_pipelines.data.pairs import Pairs
+from blip_pipelines.data.transforms import ImageConfig
+from blip_pipelines.jobs.frozen_features import ensure_features
+from blip_pipelines.models.blip2_exports import ExportedBlip2, load_blip2
+from blip_pipelines.models.frozen import weights_hash
+from blip_pipelines.models.frozen_tower import FrozenTower, TowerConfig, open_tower
+from blip_pipelines.models.language import LanguageConfig, LanguageModel, open_language
+from blip_pipelines.models.qformer import QFormer
+from blip_pipelines.models.qformer_start import QFormerStartConfig, start_qformer
+from blip_pipelines.training.distributed import World
+
+LANGUAGE_MODELS = Path(".cache/language")  # models out of packages, as plain folders
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Blip2Parts:
+    """The parts before the first step, the same on every rank.
+
+    Attributes:
+        start: the export that they come from.
+        cache: of the tower's outputs; None runs the tower.
+        image: how pixels are made.
+        started: what was loaded from where.
+    """
+
+    start: ExportedBlip2
+    former: QFormer
+    language: LanguageModel
+    cache: FeatureCache | None
+    image: ImageConfig
+    started: list[str]
+
+    @classmethod
+    def open(
+        cls,
+        inputs: Mapping[str, Path],
+        language: LanguageConfig,
+        anew: QFormerStartConfig | None,
+        cache_features: bool,
+        seed: int,
+        work: Path,
+        world: World,
+    ) -> "Blip2Parts":
+        """From the inputs of a job: `start`, `images`, and where needed `packages` and `med`.
+
+        Args:
+            anew: where the Q-Former starts if it does not take the weights of `start`.
+            work: folder of one piece of work; caches lie beside that of all work.
+
+        Raises:
+            ConfigError: the Q-Former is to start from nothing.
+            StorageError, LanguageError, PackageError: something cannot be read; the message says what.
+        """
+        start, former, started = load_blip2(inputs["start"]), None, [str(inputs["start"])]
+        if anew is not None:
+            former, started = _started_anew(start, anew, inputs, seed)
+        for line in started:
+            logger.info("start: %s", line)
+        image = read(ImageConfig, start.image, f"{inputs['start']}/blip2.json: image")
+        cache = ensure_features(inputs["images"], image, start.tower, work, world) if cache_features else None
+        folder = work.parent.parent / LANGUAGE_MODELS
+        for turn in (world.is_first, True):  # the first rank writes the folder that all read
+            if turn:
+                model = open_language(language, inputs.get("packages"), folder, start.tokenizer)
+            world.barrier()
+        return cls(start, former or start.former, model, cache, image, started)
+
+    @property
+    def tower(self) -> FrozenTower:
+        return self.start.tower
+
+    @property
+    def live_tower(self) -> FrozenTower | None:
+        """What a step runs; None where features are cached."""
+        return None if self.cache else self.tower
+
+    def reader(self, pairs: Pairs, seed: int = 0, train: bool = False) -> ReadImages:
+        """Reads images of a view as the model takes them."""
+        if self.cache is None:
+            return DecodedPixels(pairs, self.image, seed, train)
+        return FrozenFeatures(pairs, self.cache, seed, train)
+
+    def frozen_hashes(self) -> dict[str, str]:
+        """Of the weights as they are now."""
+        return {"tower": weights_hash(self.tower), "language model": weights_hash(self.language)}
+
+
+def _started_anew(
+    start: ExportedBlip2, config: QFormerStartConfig, inputs: Mapping[str, Path], seed: int
+) -> tuple[QFormer, list[str]]:
+    """A Q-Former of the same sizes where one is before stage 1, its LayerNorm on images included."""
+    if "med" in inputs:
+        config = replace(config, med=str(inputs["med"]))
+    if not (config.med or config.bert or config.model):
+        raise ConfigError("qformer_start: without stage 1 the Q-Former needs a start; give the input med, or bert")
+    former = QFormer(start.former.config, seed)
+    source = TowerConfig(config.med) if config.med else start.tower.config
+    if source is not None:
+        open_tower(source).start_norm(former.ln_vision)
+    return former, [str(done) for done in start_qformer(former, config, inputs.get("packages"))]

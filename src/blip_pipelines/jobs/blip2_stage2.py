@@ -1,0 +1,165 @@
+"""BLIP-2 stage 2: the Q-Former of stage 1 learns to speak to a frozen language model (BLIP-2 3.3).
+
+Two phases with checkpoints of their own: the warm start of the projection, which can be switched off and is not in the
+paper, then generative pretraining.
+
+Inputs: `pairs`, `images`, `start` (the export of stage 1) and, where the parameters say `package:`, `packages`. In the
+ablation without stage 1 (`stage1: false`) `start` gives tower, tokenizer and sizes alone, and `med`, if there is one,
+is the MED from which the Q-Former starts, as in stage 1.
+
+Outputs: the export of `models.blip2_exports.export_blip2`, `checkpoint/` (everything training left) and `history.json`,
+in which the curves of the warm start come last, under names of their own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from blip_pipelines.config import read, speed_only
+from blip_pipelines.data.loader import Loader
+from blip_pipelines.data.order import Order
+from blip_pipelines.data.pairs import Pairs
+from blip_pipelines.data.storage import write_json
+from blip_pipelines.jobs.blip2_parts import Blip2Parts
+from blip_pipelines.jobs.language_probe import LanguageProbe, ProbeConfig
+from blip_pipelines.jobs.receipt import OUTPUTS
+from blip_pipelines.models.blip2 import Blip2, Blip2Config
+from blip_pipelines.models.blip2_exports import export_blip2
+from blip_pipelines.models.language import LanguageConfig
+from blip_pipelines.models.qformer_start import QFormerStartConfig
+from blip_pipelines.objectives.generative import GenerativeConfig, GenerativePretraining, ProjectionWarmStart
+from blip_pipelines.training import checkpoint
+from blip_pipelines.training.checkpoint import Rows
+from blip_pipelines.training.distributed import World
+from blip_pipelines.training.loop import CHECKPOINTS, TrainingConfig, TrainingError, train
+from blip_pipelines.training.optimizer import OptimizerConfig
+
+WARM_START = "warm_start"
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """The phase before: soft prompts become the embeddings of the caption's words, without the language model.
+
+    Args:
+        steps: 0 leaves it out, as the paper does.
+    """
+
+    steps: int = 0
+    batch_samples_global: int = 128
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(1e-3))
+
+
+@dataclass(frozen=True)
+class Blip2Stage2Config:
+    """Everything that decides what comes out.
+
+    Args:
+        prompting: how the language model is spoken to.
+        stage1: False: the Q-Former starts anew as `qformer_start` says; an ablation.
+        qformer_start: read without stage 1 only.
+        cache_features: of the frozen image encoder, on disk; False runs it in every step.
+        origins: captions to train on (human, web, synthetic); null for all.
+        window_shards: shards whose rows are mixed with one another.
+        max_tokens: of a caption, start and end included.
+        loader_workers: processes that prepare batches ahead.
+    """
+
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    language: LanguageConfig
+    prompting: Blip2Config = field(default_factory=Blip2Config)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    objective: GenerativeConfig = field(default_factory=GenerativeConfig)
+    stage1: bool = True
+    qformer_start: QFormerStartConfig = field(default_factory=QFormerStartConfig)
+    cache_features: bool = True
+    origins: tuple[str, ...] | None = None
+    window_shards: int = 8
+    max_tokens: int = 32
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    seed: int = 0
+    loader_workers: int = speed_only(0)
+
+
+Config = Blip2Stage2Config
+
+
+def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: World) -> dict[str, Any]:
+    """Facts: `rows`, `images`, `trainable` and `parameters`, `started` (what was loaded from where), `frozen` (by part
+    the hash of its weights, before and after training), `last` losses and the last `probe`.
+
+    Raises:
+        TrainingError: a frozen part changed.
+    """
+    settings = read(Blip2Stage2Config, config, "blip2_stage2")
+    pairs = Pairs.open(inputs["pairs"], inputs["images"])
+    train_pairs = pairs.select(split="train", origins=settings.origins)
+    anew = None if settings.stage1 else settings.qformer_start
+    parts = Blip2Parts.open(inputs, settings.language, anew, settings.cache_features, settings.seed, work, world)
+    model = Blip2(parts.former, parts.language, settings.prompting, parts.live_tower, settings.seed)
+    before = parts.frozen_hashes()
+
+    order = Order(train_pairs.shard_rows, settings.seed, settings.window_shards)
+    read_images = parts.reader(train_pairs, settings.seed, train=True)
+
+    def phase(
+        task: nn.Module, optimizer: OptimizerConfig, training: TrainingConfig, folder: Path, prompt: str, **how: Any
+    ) -> Rows:
+        def batches_from(step: int) -> Loader:
+            return Loader(
+                *(train_pairs, order, read_images, parts.language.tokenizer, settings.max_tokens),
+                *(training.batch_samples_global, training.accumulation, world.rank, world.ranks, training.steps, step),
+                workers=settings.loader_workers,
+                prompt=prompt,
+            )
+
+        return train(task, batches_from, optimizer, training, world, folder, settings.seed, work.name, **how)
+
+    training, objective, warm = settings.training, settings.objective, settings.warm_start
+    task = GenerativePretraining(model, objective, world, settings.seed)
+    warmed: Rows = []
+    if warm.steps:
+        short = replace(
+            training, steps=warm.steps, batch_samples_global=warm.batch_samples_global, validate_every_steps=0
+        )
+        # Inside the folder of checkpoints, where a launcher looks for work to go on with.
+        folder = work / CHECKPOINTS / WARM_START
+        warmed = phase(ProjectionWarmStart(model, world), warm.optimizer, short, folder, "", shown=("regression",))
+    probe = None
+    if world.is_first and training.validate_every_steps:
+        probe = LanguageProbe(settings.probe, pairs, parts, model, objective, settings.max_tokens, training.precision)
+    history = phase(task, settings.optimizer, training, work, objective.prompt, validate=probe, shown=("lm",))
+    history = history + [_renamed(row) for row in warmed]
+
+    after = parts.frozen_hashes()
+    if changed := [name for name in before if after[name] != before[name]]:
+        raise TrainingError(f"the frozen {' and '.join(changed)} changed during training; report this, use no output")
+    if world.is_first:
+        outputs = work / OUTPUTS
+        export_blip2(
+            *(parts.former, outputs, parts.tower, parts.start.tokenizer, asdict(parts.image)),
+            model=model,
+            temperature=parts.start.temperature,
+        )
+        checkpoint.copy_newest(work / CHECKPOINTS, outputs / "checkpoint")
+        write_json(outputs / checkpoint.HISTORY, history)
+    trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    return {
+        "rows": len(train_pairs),
+        "images": len(train_pairs.unique_images()),
+        "trainable": sum(trainable),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "started": parts.started,
+        "frozen": {name: {"before": before[name], "after": after[name]} for name in before},
+        "last": next((row for row in reversed(history) if "lm" in row), {}),
+        "probe": next((row for row in reversed(history) if any(name.startswith("val/") for name in row)), {}),
+    }
+
+
+def _renamed(row: dict[str, float]) -> dict[str, float]:
+    """A row of the warm start, whose steps and losses are not those of the curves beside it."""
+    return {name if name == "step" else f"{WARM_START}/{name}": value for name, value in row.items()}
