@@ -14,7 +14,7 @@ from data_samples import write_data_set
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.loader import DataError, Loader
 from blip_pipelines.data.storage import read_json
-from blip_pipelines.jobs import blip2_stage2
+from blip_pipelines.jobs import blip2_stage2, training_data
 from blip_pipelines.jobs.launch import LaunchConfig, launch
 from blip_pipelines.jobs.receipt import Receipt
 from blip_pipelines.models.blip2_exports import load_blip2
@@ -123,7 +123,7 @@ def test_a_run_cut_in_either_phase_leaves_the_same_bytes(
                 seen.append(0)
                 yield batches
 
-    monkeypatch.setattr(blip2_stage2, "Loader", Cut)
+    monkeypatch.setattr(training_data, "Loader", Cut)
     with pytest.raises(DataError):
         start(tmp_path, data, settings)
     monkeypatch.undo()
@@ -136,7 +136,7 @@ def test_a_run_cut_in_either_phase_leaves_the_same_bytes(
 def test_cached_features_give_what_the_live_tower_gives(
     tmp_path: Path, data: dict[str, Path], whole: dict[str, Receipt]
 ) -> None:
-    cached, live = whole["llama"], start(tmp_path, data, config(data, cache_features=False))
+    cached, live = whole["llama"], start(tmp_path, data, config(data, features="live"))
     assert list((cached.folder.parents[2] / ".cache" / "features").glob("*/index.json"))
     assert not (tmp_path / ".cache").exists()
     for name in ("history.json", "blip2.json", "blip2.safetensors", "generation/model.safetensors"):

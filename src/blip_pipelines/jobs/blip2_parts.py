@@ -6,11 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blip_pipelines.config import ConfigError, read
-from blip_pipelines.data.features import FeatureCache
-from blip_pipelines.data.loader import DecodedPixels, FrozenFeatures, ReadImages
-from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.transforms import ImageConfig
-from blip_pipelines.jobs.frozen_features import ensure_features
+from blip_pipelines.jobs.training_data import Images
 from blip_pipelines.models.blip2_exports import ExportedBlip2, load_blip2
 from blip_pipelines.models.frozen import weights_hash
 from blip_pipelines.models.frozen_tower import FrozenTower, TowerConfig, open_tower
@@ -30,16 +27,14 @@ class Blip2Parts:
 
     Attributes:
         start: the export that they come from.
-        cache: of the tower's outputs; None runs the tower.
-        image: how pixels are made.
+        images: as pixels, or as the tower's outputs, cached.
         started: what was loaded from where.
     """
 
     start: ExportedBlip2
     former: QFormer
     language: LanguageModel
-    cache: FeatureCache | None
-    image: ImageConfig
+    images: Images
     started: list[str]
 
     @classmethod
@@ -48,7 +43,7 @@ class Blip2Parts:
         inputs: Mapping[str, Path],
         language: LanguageConfig,
         anew: QFormerStartConfig | None,
-        cache_features: bool,
+        cached: bool,
         seed: int,
         work: Path,
         world: World,
@@ -57,6 +52,7 @@ class Blip2Parts:
 
         Args:
             anew: where the Q-Former starts if it does not take the weights of `start`.
+            cached: the tower's outputs; otherwise it runs in every step.
             work: folder of one piece of work; caches lie beside that of all work.
 
         Raises:
@@ -69,13 +65,13 @@ class Blip2Parts:
         for line in started:
             logger.info("start: %s", line)
         image = read(ImageConfig, start.image, f"{inputs['start']}/blip2.json: image")
-        cache = ensure_features(inputs["images"], image, start.tower, work, world) if cache_features else None
+        images = Images(image, start.tower if cached else None, inputs["images"], work, world)
         folder = work.parent.parent / LANGUAGE_MODELS
         for turn in (world.is_first, True):  # the first rank writes the folder that all read
             if turn:
                 model = open_language(language, inputs.get("packages"), folder, start.tokenizer)
             world.barrier()
-        return cls(start, former or start.former, model, cache, image, started)
+        return cls(start, former or start.former, model, images, started)
 
     @property
     def tower(self) -> FrozenTower:
@@ -84,13 +80,7 @@ class Blip2Parts:
     @property
     def live_tower(self) -> FrozenTower | None:
         """What a step runs; None where features are cached."""
-        return None if self.cache else self.tower
-
-    def reader(self, pairs: Pairs, seed: int = 0, train: bool = False) -> ReadImages:
-        """Reads images of a view as the model takes them."""
-        if self.cache is None:
-            return DecodedPixels(pairs, self.image, seed, train)
-        return FrozenFeatures(pairs, self.cache, seed, train)
+        return None if self.images.features else self.tower
 
     def frozen_hashes(self) -> dict[str, str]:
         """Of the weights as they are now."""

@@ -14,18 +14,17 @@ in which the curves of the warm start come last, under names of their own.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from blip_pipelines.config import read, speed_only
-from blip_pipelines.data.loader import Loader
-from blip_pipelines.data.order import Order
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.storage import write_json
 from blip_pipelines.jobs.blip2_parts import Blip2Parts
 from blip_pipelines.jobs.language_probe import LanguageProbe, ProbeConfig
 from blip_pipelines.jobs.receipt import OUTPUTS
+from blip_pipelines.jobs.training_data import batches_of
 from blip_pipelines.models.blip2 import Blip2, Blip2Config
 from blip_pipelines.models.blip2_exports import export_blip2
 from blip_pipelines.models.language import LanguageConfig
@@ -61,7 +60,7 @@ class Blip2Stage2Config:
         prompting: how the language model is spoken to.
         stage1: False: the Q-Former starts anew as `qformer_start` says; an ablation.
         qformer_start: read without stage 1 only.
-        cache_features: of the frozen image encoder, on disk; False runs it in every step.
+        features: `cached` keeps the outputs of the frozen image encoder on disk; `live` runs it in every step.
         origins: captions to train on (human, web, synthetic); null for all.
         window_shards: shards whose rows are mixed with one another.
         max_tokens: of a caption, start and end included.
@@ -76,7 +75,7 @@ class Blip2Stage2Config:
     objective: GenerativeConfig = field(default_factory=GenerativeConfig)
     stage1: bool = True
     qformer_start: QFormerStartConfig = field(default_factory=QFormerStartConfig)
-    cache_features: bool = True
+    features: Literal["cached", "live"] = "cached"
     origins: tuple[str, ...] | None = None
     window_shards: int = 8
     max_tokens: int = 32
@@ -99,24 +98,15 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
     pairs = Pairs.open(inputs["pairs"], inputs["images"])
     train_pairs = pairs.select(split="train", origins=settings.origins)
     anew = None if settings.stage1 else settings.qformer_start
-    parts = Blip2Parts.open(inputs, settings.language, anew, settings.cache_features, settings.seed, work, world)
+    parts = Blip2Parts.open(inputs, settings.language, anew, settings.features == "cached", settings.seed, work, world)
     model = Blip2(parts.former, parts.language, settings.prompting, parts.live_tower, settings.seed)
     before = parts.frozen_hashes()
-
-    order = Order(train_pairs.shard_rows, settings.seed, settings.window_shards)
-    read_images = parts.reader(train_pairs, settings.seed, train=True)
 
     def phase(
         task: nn.Module, optimizer: OptimizerConfig, training: TrainingConfig, folder: Path, prompt: str, **how: Any
     ) -> Rows:
-        def batches_from(step: int) -> Loader:
-            return Loader(
-                *(train_pairs, order, read_images, parts.language.tokenizer, settings.max_tokens),
-                *(training.batch_samples_global, training.accumulation, world.rank, world.ranks, training.steps, step),
-                workers=settings.loader_workers,
-                prompt=prompt,
-            )
-
+        reading = replace(settings, training=training)
+        batches_from = batches_of(train_pairs, parts.images, parts.language.tokenizer, reading, prompt, world)
         return train(task, batches_from, optimizer, training, world, folder, settings.seed, work.name, **how)
 
     training, objective, warm = settings.training, settings.objective, settings.warm_start
@@ -141,12 +131,13 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
     if world.is_first:
         outputs = work / OUTPUTS
         export_blip2(
-            *(parts.former, outputs, parts.tower, parts.start.tokenizer, asdict(parts.image)),
+            *(parts.former, outputs, parts.tower, parts.start.tokenizer, asdict(parts.images.config)),
             model=model,
             temperature=parts.start.temperature,
         )
         checkpoint.copy_newest(work / CHECKPOINTS, outputs / "checkpoint")
         write_json(outputs / checkpoint.HISTORY, history)
+        parts.images.note_gain(work, training)
     trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     return {
         "rows": len(train_pairs),

@@ -56,7 +56,7 @@ class LanguageProbe:
             rows = held_out.select(subset=subset)
             held = HeldOut(subset, rows.select(rows=np.arange(min(len(rows), config.rows))))
             texts = parts.language.tokenizer(held.captions, max_tokens, objective.prompt)
-            pixels = torch.from_numpy(parts.reader(held.rows)(np.arange(len(held.rows))))
+            pixels = torch.from_numpy(parts.images.reader(held.rows)(np.arange(len(held.rows))))
             prompt_tokens = parts.language.tokenizer.prompt_tokens(objective.prompt)
             self.scenes[subset] = held, _batch(pixels, *map(torch.from_numpy, texts), prompt_tokens)
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from blip_pipelines.config import ConfigError
-from blip_pipelines.data.loader import DecodedPixels, FrozenFeatures, Loader, ReadImages
+from blip_pipelines.data.loader import DecodedPixels, FrozenFeatures, Loader, ReadImages, Tokenize
 from blip_pipelines.data.order import Order
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.sources.packages import checksums, read_member, wheel_path
@@ -66,7 +66,7 @@ class Images:
 
 
 def batches_of(
-    pairs: Pairs, images: Images, tokenizer: CaptionTokenizer, settings: DataSettings, prompt: str, world: World
+    pairs: Pairs, images: Images, tokenizer: Tokenize, settings: DataSettings, prompt: str, world: World
 ) -> Callable[[int], Loader]:
     """What gives this rank's batches from an optimizer step on, as `training.loop.train` asks for them.
 
