@@ -4,6 +4,7 @@ import pytest
 from data_samples import picture
 
 from blip_pipelines.config import ConfigError
+from blip_pipelines.data.places import Folder
 from blip_pipelines.data.records import Record
 from blip_pipelines.data.sources import Quarantined, SourceError
 from blip_pipelines.data.sources.folder import FolderConfig, FolderSource
@@ -18,7 +19,7 @@ def _images(folder, *names):
 
 def _read(folder, **options):
     """(member, split) -> captions, and member -> reason."""
-    items = list(FolderSource(folder, FolderConfig(**options)).records())
+    items = list(FolderSource(Folder(folder), FolderConfig(**options)).records())
     kept = {(item.member, item.split): item.captions for item in items if isinstance(item, Record)}
     refused = [(item.member, item.reason) for item in items if isinstance(item, Quarantined)]
     return kept, refused
@@ -149,20 +150,21 @@ def test_sidecars_give_a_caption_a_line(tmp_path):
 def test_the_listing_changes_with_the_bytes_of_an_image(tmp_path):
     _images(tmp_path, "a.png", "b.png")
     (tmp_path / "captions.csv").write_text("image,caption\na.png,x\nb.png,y\n")
-    before = {entry.member: entry for entry in FolderSource(tmp_path, FolderConfig()).listing()}
+    before = {entry.member: entry for entry in FolderSource(Folder(tmp_path), FolderConfig()).listing()}
     (tmp_path / "a.png").write_bytes(picture(9))
-    after = {entry.member: entry for entry in FolderSource(tmp_path, FolderConfig()).listing()}
+    after = {entry.member: entry for entry in FolderSource(Folder(tmp_path), FolderConfig()).listing()}
     assert before["a.png"] != after["a.png"] and before["b.png"] == after["b.png"]
 
 
 def test_a_folder_that_cannot_be_read_at_all_says_what_to_do(tmp_path):
     with pytest.raises(SourceError, match="no such folder"):
-        FolderSource(tmp_path / "nowhere", FolderConfig())
+        FolderSource(Folder(tmp_path / "nowhere"), FolderConfig())
+    _images(tmp_path, "a.png")
     with pytest.raises(SourceError, match=r"no captions file.*'sidecar'"):
-        FolderSource(tmp_path, FolderConfig())
+        FolderSource(Folder(tmp_path), FolderConfig())
     (tmp_path / "captions.csv").write_text("picture,text\na.png,x\n")
     with pytest.raises(SourceError, match=r"no column 'image' among picture, text.*columns\.image"):
-        list(FolderSource(tmp_path, FolderConfig()).records())
+        list(FolderSource(Folder(tmp_path), FolderConfig()).records())
     with pytest.raises(ConfigError, match="'robot' is not one of"):
         FolderConfig(origin="robot")
     with pytest.raises(ConfigError, match="'picture' is no field"):

@@ -205,7 +205,7 @@ def test_workers_and_repetition_change_no_byte(tmp_path):
 class _Interrupted:
     """A source whose reading stops after some images, as by a kill."""
 
-    name, credits = "interrupted", ()
+    name, credits, readers = "interrupted", (), 1
 
     def __init__(self, after):
         self.after, self.reads = after, Counter()

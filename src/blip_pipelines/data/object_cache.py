@@ -9,8 +9,9 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from blip_pipelines.data.object_store import ObjectStore, ObjectStoreConfig
 from blip_pipelines.data.storage import StorageError
@@ -37,7 +38,7 @@ class ObjectCache:
             ObjectMissingError, ObjectStoreError: it cannot be fetched as it should be.
             StorageError: it is larger than the cache may be, or the disk is full.
         """
-        path = self.folder / hashlib.sha256(f"{url}\n{identity}".encode()).hexdigest()[:32]
+        path = self._path(url, identity)
         if not _touch(path):
             with self._lock(f"{int(path.name, 16) % _LOCKS:02x}"):
                 if not _touch(path):  # another process may have fetched it while we waited
@@ -45,21 +46,22 @@ class ObjectCache:
                     self.store.download(url, path, sha256)
         return path
 
+    def open(self, url: str, size: int, identity: str, sha256: str | None = None) -> BinaryIO:
+        """The same, opened; it stays readable when the cache lets it go."""
+        while True:
+            with suppress(FileNotFoundError):  # removed between the two calls to make room for another
+                return self.file(url, size, identity, sha256).open("rb")
+
     def read(self, url: str, size: int, identity: str, start: int, count: int, sha256: str | None = None) -> bytes:
         """`count` bytes of the object from `start` on; fewer where it ends."""
-        while True:
-            path = self.file(url, size, identity, sha256)
-            try:
-                handle = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:  # removed between the two calls to make room for another
-                continue
-            try:
-                return os.pread(handle, count, start)
-            finally:
-                os.close(handle)
+        with self.open(url, size, identity, sha256) as file:
+            return os.pread(file.fileno(), count, start)
 
     def holds(self, url: str, identity: str) -> bool:
-        return (self.folder / hashlib.sha256(f"{url}\n{identity}".encode()).hexdigest()[:32]).exists()
+        return self._path(url, identity).exists()
+
+    def _path(self, url: str, identity: str) -> Path:
+        return self.folder / hashlib.sha256(f"{url}\n{identity}".encode()).hexdigest()[:32]
 
     def _make_room(self, url: str, size: int) -> None:
         if size > self.limit:

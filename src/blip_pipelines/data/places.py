@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from blip_pipelines.data import storage
 from blip_pipelines.data.object_cache import ObjectCache
@@ -19,7 +19,7 @@ from blip_pipelines.data.records import Refused
 class Entry(NamedTuple):
     """One line of a listing. `checksum` changes when the content does."""
 
-    name: str
+    member: str
     size: int
     checksum: str
 
@@ -42,11 +42,14 @@ class Place(Protocol):
     def entry(self, name: str) -> Entry:
         """Raises OSError: it cannot be read."""
 
+    def stamp(self, name: str) -> str:
+        """What changes when the file does, without reading it. Raises OSError."""
+
     def url(self, name: str) -> str:
         """Where the file is, for a program that knows nothing of the place."""
 
-    def file(self, name: str) -> Path:
-        """The file on this disk; where it was fetched it may go again: open it at once."""
+    def open(self, name: str) -> BinaryIO:
+        """The file for reading here and there; an object is fetched whole first. Raises OSError."""
 
     def read(self, name: str) -> bytes:
         """The content. Raises OSError."""
@@ -98,11 +101,15 @@ class Folder:
         path = self.folder / name
         return Entry(name, path.stat().st_size, storage.sha256_file(path))
 
+    def stamp(self, name: str) -> str:
+        stat = (self.folder / name).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
     def url(self, name: str) -> str:
         return (self.folder / name).as_posix()
 
-    def file(self, name: str) -> Path:
-        return self.folder / name
+    def open(self, name: str) -> BinaryIO:
+        return (self.folder / name).open("rb")
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
@@ -146,12 +153,15 @@ class Prefix:
         except KeyError:
             raise ObjectMissingError(f"{self.url(name)}: there is no such object") from None
 
+    def stamp(self, name: str) -> str:
+        return self.entry(name).checksum
+
     def url(self, name: str) -> str:
         return f"{self.where}/{PurePosixPath(name).as_posix()}"
 
-    def file(self, name: str) -> Path:
+    def open(self, name: str) -> BinaryIO:
         about = self.store.about(self.url(name))
-        return self._cache.file(self.url(name), about.size, about.etag)
+        return self._cache.open(self.url(name), about.size, about.etag)
 
     def read(self, name: str) -> bytes:
         return self.store.read(self.url(name))

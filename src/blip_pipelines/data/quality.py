@@ -19,6 +19,7 @@ from PIL import Image
 from blip_pipelines.data import storage
 from blip_pipelines.data.storage import MANIFEST
 
+_CAPTION = pa.struct({"text": pa.string(), "origin": pa.string(), "language": pa.string()})
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string()),  # null where the image was refused
@@ -30,6 +31,11 @@ INDEX_SCHEMA = pa.schema(
         pa.field("thumbnail", pa.binary(192)),  # 8 x 8 RGB
         pa.field("reason", pa.string()),  # of a refused image
         pa.field("error", pa.string()),
+        pa.field("shard", pa.int32()),  # that holds the image
+        # Of images that come in archives, which are opened once alone:
+        pa.field("archive_member", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("captions", pa.list_(_CAPTION)),
     ]
 )
 ENOUGH_PIXELS = (64, 64)  # an image no smaller than this gives the fingerprint that the whole one would

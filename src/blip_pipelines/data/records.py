@@ -49,7 +49,7 @@ class Refused(ValueError):
         self.reason = reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Caption:
     """One text of an image as a source gives it."""
 
@@ -58,12 +58,13 @@ class Caption:
     language: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image of a source with its captions.
 
     `read` gives the encoded bytes (or raises `Refused` or OSError) only when they are wanted, so that a source
-    can be listed without being read. `split` None leaves the choice to ingestion.
+    can be listed without being read. `split` None leaves the choice to ingestion. `offset` is where the bytes begin in
+    a tar that is used in place.
     """
 
     member: str
@@ -73,3 +74,4 @@ class Record:
     split: str | None = None
     subset: str | None = None
     related_key: str | None = None
+    offset: int | None = None

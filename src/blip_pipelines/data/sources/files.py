@@ -1,0 +1,131 @@
+"""What sources of files have in common: rows that name an image become records by image, or are refused by name."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from functools import cached_property, partial
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from blip_pipelines.config import ConfigError
+from blip_pipelines.data.places import Entry, Place
+from blip_pipelines.data.records import Caption, Record, Refused
+from blip_pipelines.data.sources import Quarantined, SourceError
+
+ORIGINS = ("human", "web", "synthetic")
+SPLITS = ("train", "val", "test")
+_OPTIONS = "ingestion.source.options"
+
+
+class Row(NamedTuple):
+    """One caption of one image as an annotation file gives it."""
+
+    member: str
+    caption: Caption
+    split: str | None
+
+
+class FileSource(ABC):
+    """Images that are files of a place, and rows that name them."""
+
+    credits: tuple[str, ...] = ()
+
+    def __init__(self, place: Place, name: str):
+        check_place(place)
+        self.place, self.name, self.readers = place, name, place.readers
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row | Quarantined]:
+        """Every caption, in the order of the annotations, and every row that is none."""
+
+    def records(self) -> Iterator[Record | Quarantined]:
+        grouped, refused = self._rows
+        for (member, split), captions in grouped.items():
+            yield Record(member, partial(self.place.read, member), tuple(captions), self.name, split)
+        yield from refused
+
+    def listing(self) -> Iterable[Entry]:
+        for member in dict.fromkeys(member for member, _ in self._rows[0]):
+            try:
+                yield self.place.entry(member)
+            except OSError:  # it vanished or may not be read: ingestion meets that again, and refuses the row by name
+                yield Entry(member, 0, f"unreadable {member}")
+
+    def truth(self) -> None:
+        return None
+
+    @cached_property
+    def _rows(self) -> tuple[dict[tuple[str, str | None], list[Caption]], list[Quarantined]]:
+        grouped: dict[tuple[str, str | None], list[Caption]] = {}
+        refused: list[Quarantined] = []
+        known: dict[str, Refused | None] = {}
+        for row in self.rows():
+            if isinstance(row, Quarantined):
+                refused.append(row)
+                continue
+            if row.member not in known:
+                known[row.member] = self._refusal(row.member)
+            if (error := known[row.member]) is not None:
+                refused.append(Quarantined(row.member, error.reason, str(error)))
+            else:
+                grouped.setdefault((PurePosixPath(row.member).as_posix(), row.split), []).append(row.caption)
+        return grouped, refused
+
+    def _refusal(self, member: str) -> Refused | None:
+        try:
+            self.place.check(member)
+        except Refused as error:
+            return error
+        return None
+
+
+def check_place(place: Place) -> None:
+    """Raise SourceError if there is nothing at a place."""
+    if not any(True for _ in place.names()):
+        raise SourceError(f"{place.where}: no such folder, or nothing in it; set `source` to where the data is")
+
+
+def check_choice(key: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError if an option of a source is none of its choices; None is allowed."""
+    if value is not None and value not in choices:
+        raise ConfigError(f"{_OPTIONS}.{key}: {value!r} is not one of {', '.join(choices)}")
+
+
+def read_annotations(place: Place, name: str, key: str) -> Any:
+    """A JSON file of a place.
+
+    Args:
+        key: the option that names it.
+
+    Raises:
+        SourceError: there is none, or it is no JSON.
+    """
+    try:
+        return json.loads(read_file(place, name, key))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{place.url(name)}: not valid JSON ({error}); fetch it again") from error
+
+
+def read_file(place: Place, name: str, key: str) -> bytes:
+    """A small file of a place. Raises SourceError: there is none."""
+    if not place.has(name):
+        raise SourceError(f"{place.url(name)}: no such file; set {_OPTIONS}.{key} to its name within {place.where}")
+    return place.read(name)
+
+
+def decode(content: bytes) -> str:
+    """Bytes as text; those that are no UTF-8 become lone surrogates, which `is_utf8` finds in the row that has them."""
+    return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text has no lone surrogate, from undecodable bytes or a JSON escape."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
