@@ -11,6 +11,7 @@ from kedro.utils import find_kedro_project
 from blip_pipelines.pipelines.capfilt.pipeline import create_pipeline as capfilt
 from blip_pipelines.pipelines.evaluation.pipeline import create_pipeline as evaluation
 from blip_pipelines.pipelines.ingestion.pipeline import create_pipeline as ingestion
+from blip_pipelines.pipelines.instructions.pipeline import create_pipeline as instructions
 from blip_pipelines.pipelines.med_bootstrapped.pipeline import create_pipeline as med_bootstrapped
 from blip_pipelines.pipelines.med_pretraining.pipeline import create_pipeline as med_pretraining
 from blip_pipelines.pipelines.release.pipeline import create_pipeline as release
@@ -24,5 +25,5 @@ def register_pipelines() -> dict[str, Pipeline]:
     for number in range(1, rounds + 1):
         stages[in_round("capfilt", number)] = capfilt(number)
         stages[in_round("med_bootstrapped", number)] = med_bootstrapped(number)
-    stages |= {"evaluation": evaluation(rounds), "release": release(rounds)}
+    stages |= {"instructions": instructions(), "evaluation": evaluation(rounds), "release": release(rounds)}
     return {**stages, "__default__": sum(stages.values(), Pipeline([]))}

@@ -6,17 +6,19 @@ instruction says is decided when the table is written (`questions`); nothing of 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from blip_pipelines.data import storage
 from blip_pipelines.data.records import PAIR_SCHEMA
-from blip_pipelines.data.storage import StorageError
+from blip_pipelines.data.storage import MANIFEST, StorageError
 from blip_pipelines.data.tables import ImageRows, write_table
 
-OWN_IMAGES = "images"  # in the folder of a table that brings its own pictures
+OWN_IMAGES = "own_images"  # in the manifest: the table's pictures are its own and lie beside it
 
 _PLACE = [PAIR_SCHEMA.field(name) for name in ("key", "member", "shard", "offset", "size", "width", "height")]
 _TEXTS = pa.list_(pa.string())
@@ -29,7 +31,7 @@ INSTRUCTION_SCHEMA = pa.schema(
         pa.field("answer", pa.string(), nullable=False),  # the likeliest of the answers: the training target
         pa.field("answers", _TEXTS, nullable=False),  # all references, one for each annotator where there were several
         pa.field("weight", pa.float32(), nullable=False),  # of all its answers together in a loss (BLIP: 0.2 for VG's)
-        pa.field("candidates", _TEXTS),  # what may be answered; null where anything may
+        pa.field("candidates", _TEXTS),  # what may be answered to this one; null: see `DataSet.candidates`
         pa.field("sample", pa.string(), nullable=False),  # its name in the data set
         pa.field("template", pa.int32(), nullable=False),  # number of the data set's template that was drawn
         pa.field("answer_type", pa.string()),  # such as yes/no, number, other
@@ -40,6 +42,11 @@ INSTRUCTION_SCHEMA = pa.schema(
         pa.field("subset", pa.string()),  # of an evaluation split, as in the caption table
     ]
 )
+
+
+def own_images(folder: Path) -> Path:
+    """Where the pictures of a table lie that are its own: `instructions_images` beside `instructions`."""
+    return folder.with_name(f"{folder.name}_images")
 
 
 class Answer(NamedTuple):
@@ -58,9 +65,12 @@ class DataSet:
         metric: name in `evaluation.question_answering.METRICS`.
         multiplier: of its probability in training (InstructBLIP 3.3).
         rows: by split.
-        majority: the answer that most training rows have, of a data set without any its evaluation rows; None where
-            the candidates differ from row to row.
-        shares: by split, the share of rows whose answers hold the commonest one of that split.
+        candidates: what may be answered to every question; None where anything may, or each row has its own.
+        majority: the answer that most training rows have, of a held-out data set most evaluation rows: no training row
+            is there to guess from, and so the baseline is the best that any one answer can do. None where each row has
+            its own candidates.
+        majority_rates: by split, the share of rows with that split's commonest answer, or, where each row has its own
+            candidates, with the answer at the commonest place among them.
     """
 
     task: str
@@ -68,8 +78,9 @@ class DataSet:
     metric: str
     multiplier: float
     rows: dict[str, int]
+    candidates: list[str] | None
     majority: str | None
-    shares: dict[str, float]
+    majority_rates: dict[str, float]
 
 
 def write_instructions(
@@ -95,9 +106,10 @@ class Instructions(ImageRows):
 
     @classmethod
     def open(cls, folder: Path, images: Path | None = None) -> "Instructions":
-        """As `ImageRows.open`; a table that brings its own pictures reads those, whatever `images` says."""
-        own = folder / OWN_IMAGES
-        return super().open(folder, own if images is not None and own.is_dir() else images)
+        """As `ImageRows.open`; a table whose data sets bring pictures reads those, whatever `images` names."""
+        if images is not None and storage.read_json(folder / MANIFEST).get(OWN_IMAGES):
+            images = own_images(folder)
+        return super().open(folder, images)
 
     def select(
         self,
@@ -117,7 +129,7 @@ class Instructions(ImageRows):
         """
         return self.where(rows, split=split, role=role, data_set=data_set, task=task, subset=subset)
 
-    @property
+    @cached_property
     def data_sets(self) -> dict[str, DataSet]:
         """Of the whole table, by name."""
         return {name: DataSet(**values) for name, values in self.manifest["data_sets"].items()}
@@ -151,7 +163,11 @@ class Instructions(ImageRows):
         ]
 
     def candidates(self, rows: np.ndarray) -> list[list[str] | None]:
-        return self.values("candidates", rows)
+        """What may be answered to each row, its own or its data set's; None for anything."""
+        common = {name: data_set.candidates for name, data_set in self.data_sets.items()}
+        own = self.values("candidates", rows)
+        names = self.values("data_set", rows)
+        return [common[name] if texts is None else texts for texts, name in zip(own, names, strict=True)]
 
     def frames(self, count: int) -> tuple["Frames", np.ndarray]:
         """The frames of this view's videos, `count` of each in equal distances; an image stands for all of its own.

@@ -13,7 +13,7 @@ from typing import Any
 from blip_pipelines.config import ConfigError, read
 from blip_pipelines.pipelines.rounds import first_round
 
-STAGES = ("ingestion", "med_pretraining", "capfilt", "med_bootstrapped", "evaluation", "release")
+STAGES = ("ingestion", "med_pretraining", "capfilt", "med_bootstrapped", "instructions", "evaluation", "release")
 EXTENDS = {"med_bootstrapped": "med_pretraining"}  # stages whose block says only what differs from another's
 
 

@@ -17,7 +17,7 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
         "evaluation": "params:evaluation",
     }
     of_stages = {
-        **{f"run_{stage}": f"{stage}_run" for stage in ("ingestion", *models, *filtered, "evaluation")},
+        **{f"run_{stage}": f"{stage}_run" for stage in ("ingestion", *models, *filtered, "instructions", "evaluation")},
         **{f"history_{stage}": f"{stage}_history" for stage in models},
         **{
             f"history_{stage}_{part}": f"{stage}_{part}_history"
