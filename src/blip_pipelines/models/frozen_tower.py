@@ -23,7 +23,12 @@ from blip_pipelines.models.starting_points import StartError, blip_vision_state
 from blip_pipelines.models.stem import Stem
 from blip_pipelines.models.vision import VisionConfig, VisionTransformer
 
-OURS = ("vit", "blip_vision_model", "blip_2_vision_model")  # stock towers that are our ViT by other names
+OURS = (
+    "vit",
+    "blip_vision_model",
+    "blip_2_vision_model",
+    "instructblip_vision_model",
+)  # stock towers that are our ViT by other names
 NORMS = ("post_layernorm", "layernorm")  # after the last layer, in the stock towers
 
 
@@ -148,7 +153,13 @@ def vision_tower(
 
 def stock_tower(config: TowerConfig) -> FrozenTower:
     """A vision tower that stock `transformers` reads."""
-    from transformers import AutoConfig, Blip2VisionConfig, Blip2VisionModel
+    from transformers import (
+        AutoConfig,
+        Blip2VisionConfig,
+        Blip2VisionModel,
+        InstructBlipVisionConfig,
+        InstructBlipVisionModel,
+    )
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     with quietly():
@@ -157,7 +168,8 @@ def stock_tower(config: TowerConfig) -> FrozenTower:
         except (OSError, ValueError) as error:
             raise StartError(f"{config.source}: no image encoder that stock transformers can read ({error})") from error
         stock: Any = getattr(whole, "vision_config", whole)
-        kind: Any = Blip2VisionModel if isinstance(stock, Blip2VisionConfig) else MODEL_MAPPING.get(type(stock), None)
+        named = {Blip2VisionConfig: Blip2VisionModel, InstructBlipVisionConfig: InstructBlipVisionModel}
+        kind: Any = named.get(type(stock)) or MODEL_MAPPING.get(type(stock), None)
         if kind is None or not hasattr(stock, "image_size"):
             raise StartError(f"{config.source}: a {whole.model_type!r} holds no image encoder")
         model, report = kind.from_pretrained(
