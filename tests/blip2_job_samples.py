@@ -4,15 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blip2_samples import language_stock, spoken_tokenizer, tiny_qformer_config
+from blip2_samples import language_stock, spoken_tokenizer, tiny_language, tiny_qformer_config
 from data_samples import WORDS, tokenizer_json
+from evaluation_samples import CONFIG
 from inference_samples import export_tiny_med
 
 from blip_pipelines.data.tokens import prune_vocabulary
-from blip_pipelines.models.blip2_exports import export_blip2
+from blip_pipelines.jobs import evaluate_blip2_stage2
+from blip_pipelines.models.blip2 import Blip2, Blip2Config
+from blip_pipelines.models.blip2_exports import export_blip2, load_blip2
 from blip_pipelines.models.frozen_tower import TowerConfig, open_tower
 from blip_pipelines.models.qformer import QFormer
 from blip_pipelines.models.qformer_start import QFormerStartConfig, start_qformer
+from blip_pipelines.training.distributed import World
 
 STAGE2: dict[str, Any] = {
     "prompting": {"prompt": "picture : {image} it is", "projection": "scaled"},
@@ -58,3 +62,19 @@ def language_folder(kind: str, folder: Path) -> None:
     """A tiny random stock language model with its tokenizer, as `from_pretrained` reads it."""
     language_stock(kind).save_pretrained(folder)
     spoken_tokenizer().save_pretrained(folder)
+
+
+def export_stage2(stage1: Path, folder: Path, kind: str = "llama") -> Path:
+    """The Q-Former of a stage 1 before a tiny language model that its soft prompts move; returns the folder."""
+    start = load_blip2(stage1)
+    model = Blip2(start.former, tiny_language(kind), Blip2Config(STAGE2["prompting"]["prompt"], projection="scaled"))
+    with torch.no_grad():
+        model.language_projection.weight.mul_(3)
+    export_blip2(start.former, folder, start.tower, start.tokenizer, start.image, model=model)
+    return folder
+
+
+def evaluate(world: World, inputs: dict[str, Path], work: Path, job: Any = evaluate_blip2_stage2) -> dict[str, Any]:
+    """Measure a model over `evaluation_samples.write_scene`; outputs in `work/out`."""
+    (work / "out").mkdir(parents=True, exist_ok=True)
+    return job.run(CONFIG, inputs, work, world)

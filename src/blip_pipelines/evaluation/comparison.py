@@ -9,10 +9,10 @@ from blip_pipelines.evaluation.scores import Scores, scores_of
 
 
 def compare(new: Path, old: Path, draws: int = 10_000, seed: int = 0) -> dict[tuple[str, str], Difference]:
-    """Mean differences of two models' predictions, with their 95 % bootstrap intervals.
+    """Mean differences of two models' predictions, with their 95 % bootstrap intervals, in what both can do.
 
     Args:
-        new, old: folders of predictions, as `scores_of` reads them.
+        new, old: folders of predictions, as `scores_of` reads them; a model that only captions has no retrieval.
 
     Returns:
         By (metric, subset) the difference.
@@ -20,8 +20,11 @@ def compare(new: Path, old: Path, draws: int = 10_000, seed: int = 0) -> dict[tu
     Raises:
         ValueError: they were measured on different samples.
     """
+    mine, theirs = scores_of(new), scores_of(old)
+    shared = {metric for metric, _ in mine} & {metric for metric, _ in theirs}
+    mine, theirs = ({name: side[name] for name in side if name[0] in shared} for side in (mine, theirs))
     try:
-        return compare_scores(scores_of(new), scores_of(old), draws, seed)
+        return compare_scores(mine, theirs, draws, seed)
     except ValueError as error:
         raise ValueError(f"{error} ({new} and {old})") from None
 

@@ -127,6 +127,7 @@ def write_captions(
     config: GenerationConfig,
     *,
     around: tuple[list[int], list[int]] | None = None,
+    prompt: str = "",
     seed: int = 0,
     draw_ids: Tensor | None = None,
 ) -> Captions:
@@ -135,11 +136,12 @@ def write_captions(
     Args:
         pixels: what the tower reads or, where the model has none, gives; on its device.
         around: ids before and after the picture, in place of the model's own.
+        prompt: text that every caption continues; it is no part of what is returned.
     """
     decoder = LanguageDecoder(blip2, around)
     tokenizer: Any = blip2.language.tokenizer  # the same face as `CaptionTokenizer`
     prefix = decoder.prefix(blip2.soft_prompts(blip2.see(pixels)))
-    return generate(decoder, prefix, tokenizer, config, seed=seed, draw_ids=draw_ids)
+    return generate(decoder, prefix, tokenizer, config, prompt=prompt, seed=seed, draw_ids=draw_ids)
 
 
 def _stock_cache(layers: list[tuple[Tensor, Tensor]], config: Any = None) -> DynamicCache:
