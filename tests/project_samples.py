@@ -50,6 +50,17 @@ class Project:
             training={"steps": 2, "batch_samples_global": 8, "precision": "float32"},
             launch={"mode": "inline"},
         )
+        self.edit(
+            "blip2_stage1",
+            qformer={
+                "queries": 2,
+                "text": {"width": 16, "layers": 1, "heads": 2, "ffn_width": 16, "max_positions": 40},
+                "projection": 8,
+                "initializer": "fan_in",
+            },
+            training={"steps": 2, "batch_samples_global": 8, "precision": "float32"},
+            launch={"mode": "inline"},
+        )
         self.edit("evaluation", subsets=["all"], bootstrap_draws=100)
 
     def photo(self, number: int) -> Path:

@@ -11,7 +11,10 @@ from blip_pipelines.tracking.runs import Store
 
 PACKAGES = ROOT / "data" / "01_raw" / "packages"
 SMOKE = ("kedro", "run", "--env", "smoke")
-STAGES = ("ingestion", "med_pretraining", "capfilt", "med_bootstrapped", "evaluation", "release")
+STAGES = (
+    *("ingestion", "med_pretraining", "capfilt", "med_bootstrapped", "blip2_stage1"),
+    *("instructions", "evaluation", "release"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +55,14 @@ def test_whole_chain_leaves_models_predictions_page_and_numbers(project):
         "med_pretraining/i2t_r5/image",
         "med_pretraining/t2i_r1/combo",
         "med_pretraining/cider/concept",
+        "blip2_stage1/i2t_r5/image",
+        "blip2_stage1/cider/combo",
     } <= summary.keys()
     assert "<html" in (reporting / "report.html").read_text("utf-8").lower()
     assert (project.data / "06_models" / "med_pretraining" / "captioning" / "model.safetensors").exists()
+    assert (project.data / "06_models" / "blip2_stage1" / "retrieval" / "model.safetensors").exists()
     assert (project.data / "07_model_output" / "med_pretraining" / "predictions_retrieval.parquet").exists()
+    assert (project.data / "07_model_output" / "blip2_stage1" / "attention.parquet").exists()
     assert not [path for path in (project.data / ".work").iterdir() if path.is_dir() and path.name != "index"]
 
 

@@ -214,6 +214,9 @@ img { display: block; background: #fff; border-radius: 6px; border: 1px solid va
 }
 td code { overflow-wrap: anywhere; }
 td img { width: 44px; height: 44px; object-fit: contain; padding: 2px; }
+.seen { display: grid; width: 72px; }
+.seen img { grid-area: 1 / 1; width: 72px; height: 72px; background: none; object-fit: fill; }
+.maps { display: flex; gap: .4rem; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; font-weight: 600; padding: .3rem 0; }
 footer { margin-top: 3rem; }

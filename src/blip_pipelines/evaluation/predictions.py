@@ -19,6 +19,7 @@ from blip_pipelines.evaluation.held_out import HeldOut
 from blip_pipelines.evaluation.nearest import NearestImage
 from blip_pipelines.evaluation.retrieval import Retrieval
 
+ATTENTION = "attention.parquet"  # beside the predictions of a Q-Former: where its queries look
 SHOWN_ANSWERS = 5  # of a query, kept in the predictions
 Written = tuple[str, float]  # a caption and its log-probability
 

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from blip_pipelines.data import storage
 from blip_pipelines.evaluation.ablation import ablations as ablation_tables
+from blip_pipelines.evaluation.attention import attention
 from blip_pipelines.evaluation.evidence import (
     Evidence,
     fact,
@@ -52,11 +53,17 @@ DOES = {
     "med_pretraining": "ITC + ITM + LM",
     "capfilt": "captioner writes, filter judges",
     "med_bootstrapped": "ITC + ITM + LM on the new corpus",
+    "blip2_stage1": "queries: ITC + ITM + ITG",
     "evaluation": "retrieval, captions",
     "release": "gate, register",
 }
 CAPTION_MEASURES = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "exact": "exact"}
-CURVES = {"itc": "Image-text contrastive", "itm": "Image-text matching", "lm": "Language modelling"}
+CURVES = {
+    "itc": "Image-text contrastive",
+    "itm": "Image-text matching",
+    "lm": "Language modelling",
+    "itg": "Text generation",
+}
 QUARANTINE_ROWS = 8
 WATCHED_SUBSETS = 3  # curves of the validation probe in one chart
 ADDRESS = re.compile(r"(https?://[^\s)<>\"]+)")
@@ -305,6 +312,8 @@ def times(evidence: Evidence) -> Html:
         "samples/s": lambda record: quantity(fact(record, "samples_per_second"), "{:,.1f}"),
         "data wait": lambda record: quantity(fact(record, "data_wait_share"), "{:.1%}"),
         "share of peak FLOP/s": lambda record: quantity(fact(record, "mfu"), "{:.1%}"),
+        "from cache": lambda record: quantity(fact(record, "features_hit_rate"), "{:.0%}"),
+        "cache saved": lambda record: quantity(fact(record, "features_seconds_saved"), "{:,.0f} s"),
         "peak memory": lambda record: quantity(fact(record, "peak_memory_bytes"), "{:.2f} GB", 1e-9),
         "note": lambda record: "reused, not run again" if fact(record, "reused") else "",
     }
@@ -375,6 +384,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Evidence], Html]], ...] = (
     ("curves", "How it learnt", curves),
     ("retrieval", "Retrieval, right and wrong", retrieval),
     ("captions", "Captions it wrote", captions),
+    ("attention", "Where queries look", attention),
     ("ablations", "What each part is worth", lambda evidence: ablation_tables(evidence.ablations)),
     ("times", "Time and throughput", times),
     ("models", "Registered models", models),

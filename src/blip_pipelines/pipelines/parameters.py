@@ -13,7 +13,17 @@ from typing import Any
 from blip_pipelines.config import ConfigError, read
 from blip_pipelines.pipelines.rounds import first_round
 
-STAGES = ("ingestion", "med_pretraining", "capfilt", "med_bootstrapped", "instructions", "evaluation", "release")
+STAGES = (
+    "ingestion",
+    "med_pretraining",
+    "capfilt",
+    "med_bootstrapped",
+    "blip2_stage1",
+    "blip2_stage2",
+    "instructions",
+    "evaluation",
+    "release",
+)
 EXTENDS = {"med_bootstrapped": "med_pretraining"}  # stages whose block says only what differs from another's
 
 

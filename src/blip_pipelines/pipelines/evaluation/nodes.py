@@ -8,7 +8,10 @@ from blip_pipelines.jobs.receipt import Receipt
 from blip_pipelines.pipelines.launching import launched
 from blip_pipelines.pipelines.parameters import Stage, read_block
 
-JOB = "blip_pipelines.jobs.evaluate_med"
+MED_JOB = "blip_pipelines.jobs.evaluate_med"
+STAGE1_JOB = "blip_pipelines.jobs.evaluate_blip2_stage1"
+
+Measured = tuple[Receipt, dict[str, float], dict[str, Any]]
 
 
 def read_parameters(block: dict[str, Any]) -> Stage:
@@ -20,7 +23,7 @@ def read_parameters(block: dict[str, Any]) -> Stage:
 
 def evaluate_med(
     model: Path, pairs: Path, images: Path, parameters: dict[str, Any], *, stage: str = "med_pretraining"
-) -> tuple[Receipt, dict[str, float], dict[str, Any]]:
+) -> Measured:
     """Predictions and measures of an exported MED.
 
     Args:
@@ -29,12 +32,21 @@ def evaluate_med(
     Returns:
         The receipt of the predictions, one row a sample; flat measures `<stage>/<metric>/<subset>`; the run record.
     """
-    done = launched(JOB, read_parameters(parameters), {"model": model, "pairs": pairs, "images": images})
+    return _measured(MED_JOB, stage, model, pairs, images, parameters)
+
+
+def evaluate_blip2_stage1(model: Path, pairs: Path, images: Path, parameters: dict[str, Any]) -> Measured:
+    """The same of a Q-Former, and where its queries look."""
+    return _measured(STAGE1_JOB, "blip2_stage1", model, pairs, images, parameters)
+
+
+def _measured(job: str, stage: str, model: Path, pairs: Path, images: Path, parameters: dict[str, Any]) -> Measured:
+    done = launched(job, read_parameters(parameters), {"model": model, "pairs": pairs, "images": images})
     measures = {f"{stage}/{name}": value for name, value in done.receipt.facts["metrics"].items()}
     return done.receipt, measures, done.record
 
 
-def compare_meds(
+def compare_models(
     parameters: dict[str, Any], *parts: Any, stages: tuple[str, ...]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """All measures together, and whether each later model is better than the one of the first stage.

@@ -1,29 +1,31 @@
-"""The models of all rounds → predictions and measures."""
+"""The models of all stages → predictions and measures."""
 
 from kedro.pipeline import Node, Pipeline
 
-from blip_pipelines.pipelines.evaluation.nodes import compare_meds, evaluate_med
+from blip_pipelines.pipelines.evaluation.nodes import compare_models, evaluate_blip2_stage1, evaluate_med
 from blip_pipelines.pipelines.rounds import models_of, with_known
 
 
 def create_pipeline(rounds: int = 1) -> Pipeline:
-    stages = models_of(rounds)
+    evaluators = {stage: with_known(evaluate_med, stage=stage) for stage in models_of(rounds)}
+    evaluators["blip2_stage1"] = evaluate_blip2_stage1
+    stages = tuple(evaluators)
     measured = [
         Node(
-            with_known(evaluate_med, stage=stage),
+            evaluate,
             [f"{stage}_model", "pairs", "images", "params:evaluation"],
             [f"{stage}_predictions", f"{stage}_measures", f"{stage}_evaluation_record"],
             name=f"evaluate_{stage}",
         )
-        for stage in stages
+        for stage, evaluate in evaluators.items()
     ]
     compared = Node(
-        with_known(compare_meds, stages=stages),
+        with_known(compare_models, stages=stages),
         [
             "params:evaluation",
             *(f"{stage}_{part}" for part in ("predictions", "measures", "evaluation_record") for stage in stages),
         ],
         ["evaluation_metrics", "evaluation_run"],
-        name="compare_meds",
+        name="compare_models",
     )
     return Pipeline([*measured, compared], tags="evaluation")

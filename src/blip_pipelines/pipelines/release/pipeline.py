@@ -10,21 +10,23 @@ from blip_pipelines.pipelines.rounds import in_round, models_of, with_known
 
 def create_pipeline(rounds: int = 1) -> Pipeline:
     models, filtered = models_of(rounds), [in_round("capfilt", number) for number in range(1, rounds + 1)]
-    released = releases(rounds)
+    released, trained = releases(rounds), (*models, "blip2_stage1")
     of_models = {
         **{name: name for entry in released for name in (*entry.data_sets, "noise")},
         "parameters": "params:release",
         "evaluation": "params:evaluation",
     }
     of_stages = {
-        **{f"run_{stage}": f"{stage}_run" for stage in ("ingestion", *models, *filtered, "instructions", "evaluation")},
-        **{f"history_{stage}": f"{stage}_history" for stage in models},
+        **{
+            f"run_{stage}": f"{stage}_run" for stage in ("ingestion", *trained, *filtered, "instructions", "evaluation")
+        },
+        **{f"history_{stage}": f"{stage}_history" for stage in trained},
         **{
             f"history_{stage}_{part}": f"{stage}_{part}_history"
             for stage in filtered
             for part in ("captioner", "filter")
         },
-        **{f"predictions_{stage}": f"{stage}_predictions" for stage in models},
+        **{f"predictions_{stage}": f"{stage}_predictions" for stage in trained},
         **{f"{kind}_{stage}": f"{stage}_{kind}" for stage in filtered for kind in ("decided", "metrics")},
     }
     return Pipeline(
