@@ -194,7 +194,8 @@ def _read(name: str, config: DataSetConfig, all_of: InstructionsConfig, ingested
 def _of_files(config: DataSetConfig, where: str, all_of: InstructionsConfig, ingested: _Ingested) -> Iterator[Sample]:
     files = config.files
     assert files is not None
-    for name, images, split, fields in read_files(files, where, all_of.splits, all_of.seed):
+    unseen = ("train",) if config.role == "held_out" else ()  # their answers are wanted at most
+    for name, images, split, fields in read_files(files, where, all_of.splits, all_of.seed, unseen):
         if files.ingested:
             keys = tuple(ingested.key(image, f"{where}: sample {name}") for image in images)
             yield Sample(name, keys, ingested.splits[keys[0]][0], fields)

@@ -6,7 +6,7 @@
         val:
           file: v2_OpenEnded_mscoco_val2014_questions.json
           at: questions                                       # the list of records inside the file
-          join: [{file: v2_mscoco_val2014_annotations.json, at: annotations, on: question_id, into: note}]
+          join: [{file: v2_mscoco_val2014_annotations.json, at: annotations, by: question_id, into: note}]
       fields: {question: question, answers: "note.answers[].answer", answer_type: note.answer_type}
       image: "val2014/COCO_val2014_{image_id:012d}.jpg"
 
@@ -38,12 +38,12 @@ class JoinConfig:
     """Records of another file that belong to those of the first.
 
     Args:
-        on: path in the first record to the value that both share; key: in the other, null for the same path.
+        by: path in the first record to the value that both share; key: in the other, null for the same path.
         into: the name under which the first record then has the other; with `many` a list of all that match.
     """
 
     file: str
-    on: str
+    by: str
     into: str
     at: str = ""
     key: str | None = None
@@ -73,8 +73,8 @@ class FilesConfig:
         folder: of all its files and pictures.
         splits: train, val, test; or `all`, whose records say their split or are divided by a hash of their picture.
         fields: by the name that templates use, the path of its value, or paths whose values together are a list.
-        image: path of a record's picture in the folder, with `{name}` of its keys or fields; `frames`: of a video, the
-            folder of its frames, taken in the order of their names.
+        image: path of a record's picture in the folder, with `{name}` of its keys or fields, or `{split}`, ours if it
+            has none; `frames`: of a video, the folder of its frames, in the order of their names.
         ingested: pictures are named as in the caption table, by member or key, and have no file here.
         id: path of a sample's name; null counts them.
         each: path of a list in a record, whose every element is a sample of its own, `item`; with several paths, the
@@ -118,11 +118,14 @@ class FileSample(NamedTuple):
     fields: dict[str, Any]
 
 
-def read_files(config: FilesConfig, where: str, shares: SplitConfig, seed: int) -> Iterator[FileSample]:
+def read_files(
+    config: FilesConfig, where: str, shares: SplitConfig, seed: int, unseen: Sequence[str] = ()
+) -> Iterator[FileSample]:
     """The samples of all splits, in the order of the files.
 
     Args:
         where: names the data set in messages.
+        unseen: splits of which only the words are wanted; their pictures need not be there, and are not given.
         shares, seed: divide records that have no split.
 
     Raises:
@@ -134,7 +137,8 @@ def read_files(config: FilesConfig, where: str, shares: SplitConfig, seed: int) 
             for item in _items(config, record, where):
                 name = str(value_at(item, config.id)) if config.id else f"{split}/{number}"
                 fields = _fields(config, item)
-                images = _images(config, {**item, **fields}, f"{where}: sample {name}")
+                known = {"split": split, **item, **fields}
+                images = () if split in unseen else _images(config, known, f"{where}: sample {name}")
                 of_sample = split
                 if split == UNSPLIT:
                     of_sample = fields.get("split") or by_image(images[0], shares, seed)
@@ -164,11 +168,11 @@ def _records(config: FilesConfig, wanted: RecordsConfig, where: str) -> Iterator
     for join in wanted.join:
         by_key: dict[Any, list[Any]] = {}
         for other in _list(folder / join.file, join.at, where):
-            by_key.setdefault(str(value_at(other, join.key or join.on)), []).append(other)
+            by_key.setdefault(str(value_at(other, join.key or join.by)), []).append(other)
         joined.append((join, by_key))
     for record in _list(folder / wanted.file, wanted.at, where):
         for join, by_key in joined:
-            others = by_key.get(str(value_at(record, join.on)), [])
+            others = by_key.get(str(value_at(record, join.by)), [])
             record[join.into] = others if join.many else (others[0] if others else None)
         if all(_is_wanted(value_at(record, path), value) for path, value in wanted.where.items()):
             yield record

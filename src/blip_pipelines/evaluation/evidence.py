@@ -20,6 +20,7 @@ STAGES = (
     "med_pretraining",
     "capfilt",
     "med_bootstrapped",
+    "instructions",
     "blip2_stage1",
     "blip2_stage2",
     "instruct_tuning",
