@@ -14,7 +14,7 @@ from instruct_samples import ASKED, PROMPTS, caption_tokenizer, tiny_instructbli
 from blip_pipelines.models.blip2 import Blip2
 from blip_pipelines.models.blip2_exports import export_blip2, load_blip2
 from blip_pipelines.models.frozen_tower import TowerConfig, open_tower
-from blip_pipelines.models.published import open_published
+from blip_pipelines.models.published import PublishedConfig, open_published
 from blip_pipelines.models.qformer import QFormer
 from blip_pipelines.models.starting_points import StartError
 
@@ -180,7 +180,7 @@ def write_published(folder, kind, name):
 @torch.no_grad()
 def test_a_published_instructblip_opens_with_equal_logits(tmp_path, kind):
     stock = write_published(tmp_path, kind, "InstructBlip")
-    found = open_published(str(tmp_path), "float32")
+    found = open_published(PublishedConfig(str(tmp_path), "float32"))
     model, pixels = found.model, tiny_uint8()
     assert model.config.reads_instructions and found.tower.vision.mean == (0.4, 0.4, 0.4)
     parts = inputs_of(model)
@@ -195,7 +195,7 @@ def test_a_published_blip_2_takes_its_text_side_from_stage_1(tmp_path, vit):
     before = QFormer(tiny_qformer_config(image_width=24).fit(words), 7)
     export_blip2(before, tmp_path / "one", vit, words, {"size": 8})
     source = {"text_side": str(tmp_path / "one" / "retrieval"), "tokenizer": str(tmp_path / "one" / "retrieval")}
-    found = open_published(str(tmp_path / "two"), "float32", **source)
+    found = open_published(PublishedConfig(str(tmp_path / "two"), "float32", **source))
     assert not found.model.config.reads_instructions
     state = found.former.state_dict()
     assert torch.equal(state["query_tokens"], stock.query_tokens)
@@ -212,6 +212,6 @@ def test_a_published_blip_2_takes_its_text_side_from_stage_1(tmp_path, vit):
 def test_what_is_no_such_model_is_refused_by_name(tmp_path):
     vit_folder(tmp_path)
     with pytest.raises(StartError, match="no BLIP-2 and no InstructBLIP"):
-        open_published(str(tmp_path))
+        open_published(PublishedConfig(str(tmp_path)))
     with pytest.raises(StartError, match="nowhere"):
-        open_published(str(tmp_path / "nowhere"))
+        open_published(PublishedConfig(str(tmp_path / "nowhere")))

@@ -88,6 +88,23 @@ class Blip2(nn.Module):
         self.after_ids = opening_ids + closing_ids
         self._remembered: KeysValues | None = None
 
+    def instruct(self, prompt: str, chat: bool, aware: bool) -> None:
+        """Make it ready to be tuned on instructions.
+
+        Args:
+            aware: the Q-Former reads them too, and its text side trains.
+        """
+        self.config = replace(self.config, reads_instructions=aware)
+        self.former.train_queries(aware)
+        self.speak(prompt, chat)
+
+    def prompt_ids(self, prompt: str) -> tuple[list[int], list[int]]:
+        """Ids before and after the picture of a prompt that is put once, in the same kind of turn; see `speak`."""
+        before_ids, opening_ids, closing_ids = self._special(
+            *self.language.tokenizer.around_image(prompt, self.config.chat), ""
+        )
+        return before_ids, opening_ids + closing_ids
+
     def see(self, pixels: Tensor) -> KeysValues:
         """An image as the Q-Former's cross-attention sees it; of what the tower reads or, without one, gives."""
         return self.former.project_image(self.tower(pixels) if self.tower is not None else pixels)

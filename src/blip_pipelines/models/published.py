@@ -4,8 +4,9 @@ Salesforce's models come so, from a folder or the hub. A BLIP-2 has lost the tex
 InstructBLIP needs it again, from the model that stage 1 left (LAVIS issues 344 and 414).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -25,20 +26,30 @@ OTHERS = r"language_model\.|vision_model\.(?!post_layernorm)"  # read by their o
 PROJECTION = "language_projection."
 
 
-def open_published(
-    source: str, precision: str = "bfloat16", text_side: str | None = None, tokenizer: str | None = None
-) -> ExportedBlip2:
-    """Read it, on the CPU.
+@dataclass(frozen=True)
+class PublishedConfig:
+    """Which one.
 
     Args:
         source: folder or hub id of `Blip2ForConditionalGeneration` or `InstructBlipForConditionalGeneration`.
         precision: of the language model.
         text_side: of a BLIP-2, folder or hub id of the `Blip2ForImageTextRetrieval` of its stage 1.
-        tokenizer: of the Q-Former, folder or hub id; None: the one that comes with an InstructBLIP.
+        tokenizer: of the Q-Former, folder or hub id; null: the one that comes with an InstructBLIP.
+    """
+
+    source: str
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    text_side: str | None = None
+    tokenizer: str | None = None
+
+
+def open_published(config: PublishedConfig) -> ExportedBlip2:
+    """Read it, on the CPU.
 
     Raises:
         StartError: there is no such model, or a key of it is unknown.
     """
+    source = config.source
     with quietly():
         try:
             stock: Any = AutoConfig.from_pretrained(source)
@@ -47,17 +58,17 @@ def open_published(
         if stock.model_type not in ("blip-2", "instructblip"):
             raise StartError(f"{source}: a {stock.model_type!r} is no BLIP-2 and no InstructBLIP")
     instructs = stock.model_type == "instructblip"
-    words = _former_tokenizer(source, tokenizer) if instructs or tokenizer else None
+    words = _former_tokenizer(source, config.tokenizer) if instructs or config.tokenizer else None
     tower = open_tower(TowerConfig(source))
     former = QFormer(_former_config(stock, words).behind(tower))
-    if text_side is not None:
-        start_qformer(former, QFormerStartConfig(model=text_side))
+    if config.text_side is not None:
+        start_qformer(former, QFormerStartConfig(model=config.text_side))
     weights = read_weights(source, unwanted=OTHERS)
     projection = {name: value for name, value in weights.tensors.items() if name.startswith(PROJECTION)}
     rest = {name: value for name, value in weights.tensors.items() if name not in projection}
     started = start_from_blip2(former, Weights(weights.source, rest, weights.config))
     with quietly():
-        language = LanguageModel(read_language(source, precision), AutoTokenizer.from_pretrained(source))
+        language = LanguageModel(read_language(source, config.precision), AutoTokenizer.from_pretrained(source))
     model = Blip2(former, language, Blip2Config("{image}{instruction}", reads_instructions=instructs), tower)
     needed = {name for name, parameter in former.named_parameters() if parameter.requires_grad}
     if missing := sorted(needed & set(started.fresh)):
