@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from blip_pipelines.data import storage
 from blip_pipelines.data.storage import MANIFEST, StorageError
 from blip_pipelines.evaluation.filtering import CLEAN
+from blip_pipelines.evaluation.question_answering import ACCURACIES
 
 JUDGED_RIGHT = 0.5  # match probability above which the filter calls a caption right
 
@@ -57,9 +58,16 @@ def _query(row: Mapping[str, Any]) -> list[tuple[str, Sample, float]]:
     return [(f"{row['direction']}_r{k}", sample, float(row["rank"] <= k)) for k in (1, 5)]
 
 
+def _answer(row: Mapping[str, Any]) -> list[tuple[str, Sample, float]]:
+    if row["metric"] not in ACCURACIES:
+        return []
+    return [("accuracy", Sample(row["key"], f"{row['data_set']}: {row['instruction']}"), row["score"])]
+
+
 READERS: dict[str, Callable[[Mapping[str, Any]], list[tuple[str, Sample, float]]]] = {
     "captions": _caption,
     "retrieval": _query,
+    "answers": _answer,
 }
 
 
