@@ -1,7 +1,7 @@
 import pytest
 import torch
 from blip2_samples import tiny_image
-from instruct_samples import ASKED, LIMITS, caption_tokenizer, tiny_instructblip
+from instruct_samples import ASKED, tiny_instructblip, tokens_of
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.inference.answering import AnswerConfig, Answerer
@@ -12,7 +12,8 @@ GREEDY = AnswerConfig(beams=1, max_tokens=5, repetition_penalty=1.0)
 
 
 def make(kind="llama", config=GREEDY, **model) -> Answerer:
-    return Answerer(tiny_instructblip(kind, **model), caption_tokenizer(), LIMITS, config)
+    blip2 = tiny_instructblip(kind, **model)
+    return Answerer(blip2, tokens_of(blip2), config)
 
 
 @pytest.mark.parametrize("aware", [True, False])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blip_pipelines.data.instruction_tokens import InstructionTokens
+from blip_pipelines.data.instruction_tokens import InstructionTokens, Tokens
 from blip_pipelines.data.instructions import Instructions
 from blip_pipelines.data.loader import Batch, DataError, ReadImages, StepLoader, share_of
 from blip_pipelines.data.mixture import InstructionOrder
@@ -98,22 +98,42 @@ class _Steps(Dataset):
         target_tokens = sum(int(answer.mask[:, 1:].sum()) for answer in answers)
         batches = []
         for micro, answer in zip(micros, answers, strict=True):
-            texts = self.instructions.instructions(rows[micro])
-            read, question = self.tokens.for_language(texts), self.tokens.for_former(texts)
-            mine, first = rows[micro][self.part], micro.start + self.part.start
-            tensors: dict[str, np.ndarray] = {
-                "pixels": self.read_images(mine, step, first),
-                "token_ids": answer.ids[self.part],
-                "token_mask": answer.mask[self.part],
-                "image_ids": self.instructions.image_ids[mine],
-                "text_ids": self.instructions.text_ids[mine],
-                "rows": np.arange(self.part.start, self.part.stop),
-                "read_ids": read.ids[self.part],
-                "read_mask": read.mask[self.part],
-                "question_ids": question.ids[self.part],
-                "question_mask": question.mask[self.part],
-                "cut": np.stack([read.cut, question.cut, answer.cut], 1)[self.part],
-            }
-            found: dict[str, Any] = {name: torch.from_numpy(value) for name, value in tensors.items()}
-            batches.append(InstructionBatch(**found, target_tokens=target_tokens))
+            pixels = self.read_images(rows[micro][self.part], step, micro.start + self.part.start)
+            parts = self.instructions, self.tokens, rows[micro], answer, pixels, target_tokens, self.part
+            batches.append(assemble(*parts))
         return batches
+
+
+def assemble(
+    instructions: Instructions,
+    tokens: InstructionTokens,
+    rows: np.ndarray,
+    answer: Tokens,
+    pixels: np.ndarray,
+    target_tokens: int,
+    part: slice,
+) -> InstructionBatch:
+    """The batch of a part of some rows.
+
+    Args:
+        answer: of all the rows.
+        pixels: of those of the part.
+        target_tokens: of the whole accumulated global batch.
+    """
+    texts = instructions.instructions(rows)
+    read, question = tokens.for_language(texts), tokens.for_former(texts)
+    tensors: dict[str, np.ndarray] = {
+        "pixels": pixels,
+        "token_ids": answer.ids[part],
+        "token_mask": answer.mask[part],
+        "image_ids": instructions.image_ids[rows[part]],
+        "text_ids": instructions.text_ids[rows[part]],
+        "rows": np.arange(len(rows))[part],
+        "read_ids": read.ids[part],
+        "read_mask": read.mask[part],
+        "question_ids": question.ids[part],
+        "question_mask": question.mask[part],
+        "cut": np.stack([read.cut, question.cut, answer.cut], 1)[part],
+    }
+    found: dict[str, Any] = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    return InstructionBatch(**found, target_tokens=target_tokens)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from blip_pipelines.config import ConfigError, speed_only
-from blip_pipelines.data.instruction_tokens import InstructionTokens, TokenLimits
-from blip_pipelines.data.tokens import CaptionTokenizer
+from blip_pipelines.data.instruction_tokens import InstructionTokens
 from blip_pipelines.inference.ranking import BATCH_ANSWERS, rank
 from blip_pipelines.models.blip2 import Blip2
 
@@ -61,12 +60,15 @@ class Answerer:
     """A model that is asked.
 
     Args:
-        tokenizer: of the Q-Former.
+        tokens: with the model's place for an instruction.
     """
 
-    def __init__(self, model: Blip2, tokenizer: CaptionTokenizer, limits: TokenLimits, config: AnswerConfig):
-        self.model, self.config = model, config
-        self.tokens = InstructionTokens(model.language.tokenizer, model.place, tokenizer, limits)
+    def __init__(self, model: Blip2, tokens: InstructionTokens, config: AnswerConfig):
+        self.model, self.tokens, self.config = model, tokens, config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.language_projection.weight.device
 
     @torch.no_grad()
     def answer(

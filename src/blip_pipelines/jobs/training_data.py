@@ -12,6 +12,7 @@ from blip_pipelines.data.order import Order
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.sources.packages import checksums, read_member, wheel_path
 from blip_pipelines.data.storage import read_json, write_json
+from blip_pipelines.data.tables import ImageRows
 from blip_pipelines.data.tokens import CaptionTokenizer, prune_vocabulary
 from blip_pipelines.data.transforms import ImageConfig
 from blip_pipelines.jobs.frozen_features import Features, FrozenEncoder, fill_features
@@ -52,7 +53,7 @@ class Images:
         if encoder is not None:
             self.features = fill_features(images, config, encoder, work, world)
 
-    def reader(self, pairs: Pairs, seed: int = 0, train: bool = False) -> ReadImages:
+    def reader(self, pairs: ImageRows, seed: int = 0, train: bool = False) -> ReadImages:
         """Reads images of a view: for training, or the evaluation view."""
         if self.features is None:
             return DecodedPixels(pairs, self.config, seed, train)

@@ -1,0 +1,90 @@
+"""What a model answers to the rows of an instruction table."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from blip_pipelines.data.instructions import Instructions
+from blip_pipelines.inference.answering import Answered, Answerer
+from blip_pipelines.jobs.training_data import Images
+
+
+def drawn_rows(view: Instructions, rows: int, seed: int = 0) -> np.ndarray:
+    """Ascending rows of the view: of each data set so many, those whose hash comes first, or all if there are fewer.
+
+    So what is drawn does not change with the other data sets, nor with the order of the table.
+    """
+    every = np.arange(len(view))
+    names = zip(view.values("data_set", every), view.values("sample", every), strict=True)
+    by_data_set: dict[str, list[tuple[str, int]]] = {}
+    for row, (data_set, sample) in enumerate(names):
+        digest = hashlib.sha256(f"{seed}/{data_set}/{sample}/{view.keys[row]}".encode()).hexdigest()
+        by_data_set.setdefault(data_set, []).append((digest, row))
+    return np.sort([row for found in by_data_set.values() for _, row in sorted(found)[:rows]]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How rows are asked.
+
+    Args:
+        frames: of a video.
+        most_candidates: an answer is chosen where there are at most so many, and else written; None: always chosen.
+        batch_rows: at once; memory, not the result.
+    """
+
+    frames: int = 4
+    most_candidates: int | None = None
+    batch_rows: int = 32
+
+
+def answers_of(
+    answerers: Mapping[str, Answerer], view: Instructions, images: Images, rows: np.ndarray, asking: Asking
+) -> list[Answered]:
+    """An answer to each of `rows`, in their order.
+
+    Args:
+        answerers: by task.
+        images: as the models' `see` takes them.
+    """
+    found: dict[int, Answered] = {}
+    tasks = view.values("task", rows)
+    is_video = np.array([frames is not None for frames in view.values("frames", rows)], bool)
+    for task in sorted(set(tasks)):
+        for moves in (False, True):
+            mine = rows[(np.array(tasks) == task) & (is_video == moves)]
+            for batch, pixels in _pixels(view, images, mine, asking, moves):
+                candidates = [
+                    None if each is None or len(each) > (asking.most_candidates or len(each)) else each
+                    for each in view.candidates(batch)
+                ]
+                device = answerers[task].device
+                answers = answerers[task].answer(pixels.to(device), view.instructions(batch), candidates)
+                found |= zip(batch.tolist(), answers, strict=True)
+    return [found[row] for row in rows.tolist()]
+
+
+def _pixels(
+    view: Instructions, images: Images, rows: np.ndarray, asking: Asking, moves: bool
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Batches of rows with their frames (B, F, ...); a picture is one frame."""
+    if not len(rows):
+        return
+    if moves:
+        part = view.select(rows=rows)
+        table, places = part.frames(asking.frames)
+        read_images = images.reader(table)
+    else:
+        read_images, places = images.reader(view), rows[:, None]
+    for start in range(0, len(rows), asking.batch_rows):
+        batch = slice(start, start + asking.batch_rows)
+        pixels = torch.from_numpy(read_images(places[batch].reshape(-1)))
+        yield rows[batch], pixels.unflatten(0, places[batch].shape)
+
+
+def share_of_rank(rows: Sequence[int] | np.ndarray, rank: int, ranks: int) -> np.ndarray:
+    """A rank's part of them."""
+    return np.array_split(np.asarray(rows), ranks)[rank]
