@@ -9,6 +9,7 @@ from kedro.pipeline import Pipeline
 from kedro.utils import find_kedro_project
 
 from blip_pipelines.pipelines.blip2_stage1.pipeline import create_pipeline as blip2_stage1
+from blip_pipelines.pipelines.blip2_stage2.pipeline import create_pipeline as blip2_stage2
 from blip_pipelines.pipelines.capfilt.pipeline import create_pipeline as capfilt
 from blip_pipelines.pipelines.evaluation.pipeline import create_pipeline as evaluation
 from blip_pipelines.pipelines.ingestion.pipeline import create_pipeline as ingestion
@@ -26,6 +27,6 @@ def register_pipelines() -> dict[str, Pipeline]:
     for number in range(1, rounds + 1):
         stages[in_round("capfilt", number)] = capfilt(number)
         stages[in_round("med_bootstrapped", number)] = med_bootstrapped(number)
-    stages["blip2_stage1"] = blip2_stage1(rounds)
+    stages |= {"blip2_stage1": blip2_stage1(rounds), "blip2_stage2": blip2_stage2(rounds)}
     stages |= {"instructions": instructions(), "evaluation": evaluation(rounds), "release": release(rounds)}
     return {**stages, "__default__": sum(stages.values(), Pipeline([]))}

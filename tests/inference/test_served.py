@@ -6,13 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from blip2_job_samples import export_stage1, export_stage2
 from data_samples import picture
 from inference_samples import export_tiny_med, random_stem
 from mlflow.exceptions import MlflowException
 
 from blip_pipelines.data.images import decode
 from blip_pipelines.data.transforms import to_pixels
+from blip_pipelines.inference.generation import GenerationConfig
+from blip_pipelines.inference.language_decoder import write_captions
 from blip_pipelines.inference.served import SERVED, Captioner, Retriever
+from blip_pipelines.inference.served_blip2 import Blip2Captioner
+from blip_pipelines.models.blip2_exports import load_blip2
 from blip_pipelines.models.exports import load_med
 
 
@@ -22,8 +27,25 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def blip2_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blip2")
+    return export_stage2(export_stage1(folder), folder / "stage2")
+
+
+@pytest.fixture(scope="module")
 def captioner(folder):
     return loaded(Captioner(), folder)
+
+
+@pytest.fixture(scope="module")
+def blip2(blip2_folder):
+    return loaded(Blip2Captioner(), blip2_folder)
+
+
+@pytest.fixture(params=["captioner", "blip2"])
+def writer(request):
+    """Each model that writes captions."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -45,30 +67,30 @@ PICTURES = [picture(number) for number in range(5)]
 
 
 @pytest.mark.parametrize("strategy", ["beam", "nucleus", "greedy"])
-def test_a_caption_does_not_depend_on_the_rows_beside_it(captioner, strategy):
+def test_a_caption_does_not_depend_on_the_rows_beside_it(writer, strategy):
     table = pd.DataFrame({"image": [text(content) for content in PICTURES], "prompt": ["", "a ", None, "a ", "red "]})
     params = {"strategy": strategy, **LENGTHS}
-    together = captioner.predict(None, table, params)
+    together = writer.predict(None, table, params)
     assert len(set(together["caption"])) > 1
     for row in range(len(table)):
-        alone = captioner.predict(None, table.iloc[[row]], params).iloc[0]
+        alone = writer.predict(None, table.iloc[[row]], params).iloc[0]
         assert alone["caption"] == together["caption"][row]
         assert alone["log_probability"] == pytest.approx(together["log_probability"][row], abs=1e-4)
 
 
-def test_an_image_may_come_as_base64_data_uri_or_bytes(captioner):
+def test_an_image_may_come_as_base64_data_uri_or_bytes(writer):
     plain = text(PICTURES[0])
     lines = "\n".join(plain[i : i + 76] for i in range(0, len(plain), 76))
     table = pd.DataFrame({"image": [plain, lines, f"data:image/png;base64,{plain}", PICTURES[0]]})
-    assert captioner.predict(None, table, LENGTHS)["caption"].nunique() == 1
+    assert writer.predict(None, table, LENGTHS)["caption"].nunique() == 1
 
 
-def test_parameters_reach_the_search(captioner):
+def test_parameters_reach_the_search(writer):
     table = pd.DataFrame({"image": [text(content) for content in PICTURES]})
-    short = captioner.predict(None, table, {"min_tokens": 2, "max_tokens": 4})["caption"]
+    short = writer.predict(None, table, {"min_tokens": 2, "max_tokens": 4})["caption"]
     assert short.str.split().str.len().max() <= 3
     sampled = [
-        captioner.predict(None, table, {"strategy": "nucleus", "seed": seed, **LENGTHS})["caption"].tolist()
+        writer.predict(None, table, {"strategy": "nucleus", "seed": seed, **LENGTHS})["caption"].tolist()
         for seed in (0, 0, 1)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
@@ -86,10 +108,10 @@ def test_parameters_reach_the_search(captioner):
     ],
     ids=["not base64", "no picture", "truncated", "empty", "a number", "nothing"],
 )
-def test_a_malformed_image_is_refused_by_row_and_reason(captioner, image, reason):
+def test_a_malformed_image_is_refused_by_row_and_reason(writer, image, reason):
     table = pd.DataFrame({"image": pd.Series([text(PICTURES[0]), image], dtype=object)})
     with pytest.raises(MlflowException, match=reason) as refused:
-        captioner.predict(None, table, LENGTHS)
+        writer.predict(None, table, LENGTHS)
     assert refused.value.get_http_status_code() == 400
 
 
@@ -104,6 +126,20 @@ def test_wrong_parameters_are_the_callers_error(captioner):
         captioner.predict(None, table.assign(prompt="a red dog with a flag"), {"min_tokens": 2, "max_tokens": 4})
     with pytest.raises(MlflowException, match="'image' is missing"):
         captioner.predict(None, pd.DataFrame({"picture": ["x"]}))
+
+
+def test_blip2_is_told_its_own_prompt_or_the_callers(blip2, blip2_folder):
+    table = pd.DataFrame({"image": [text(content) for content in PICTURES]})
+    pixels = torch.from_numpy(np.stack([to_pixels(decode(content, limits=None), 8) for content in PICTURES]))
+    model, how = load_blip2(blip2_folder).model, GenerationConfig("beam", min_tokens=2, max_tokens=8)
+    assert blip2.predict(None, table, LENGTHS)["caption"].tolist() == write_captions(model, pixels, how).texts
+    asked = blip2.predict(None, table.assign(prompt="what is {image} ?"), LENGTHS)["caption"].tolist()
+    assert asked == write_captions(model, pixels, how, around=model.prompt_ids("what is {image} ?")).texts
+    first = blip2.predict(None, table.assign(prompt="what is this ?"), LENGTHS)["caption"].tolist()
+    assert first == write_captions(model, pixels, how, around=model.prompt_ids("{image} what is this ?")).texts
+    assert len({*asked}) > 1
+    with pytest.raises(MlflowException, match="mark the picture's place"):
+        blip2.predict(None, table.assign(prompt="{image} or {image}"), LENGTHS)
 
 
 def test_the_retriever_embeds_and_scores(retriever):
@@ -149,8 +185,8 @@ def test_a_model_behind_a_frozen_stem_is_served_from_its_folder_alone(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def logged(folder, tmp_path_factory):
-    """Both models as MLflow stores them, without a tracking server."""
+def logged(folder, blip2_folder, tmp_path_factory):
+    """The models as MLflow stores them, without a tracking server."""
     import mlflow
 
     places = {}
@@ -159,7 +195,7 @@ def logged(folder, tmp_path_factory):
         mlflow.pyfunc.save_model(
             places[name],
             python_model=str(how.code),
-            artifacts={"model": str(folder)},
+            artifacts={"model": str(blip2_folder if name == "blip2" else folder)},
             signature=how.signature(),
             input_example=how.example(),
             pip_requirements=how.requirements(),
@@ -189,6 +225,10 @@ def test_requests_in_json_are_answered_as_the_scoring_server_does(logged):
 
     requests = {
         "blip-captioner": {"dataframe_records": [{"image": text(PICTURES[0])}], "params": {"max_tokens": 8}},
+        "blip2": {
+            "dataframe_records": [{"image": text(PICTURES[0]), "prompt": "what is"}],
+            "params": {"max_tokens": 8},
+        },
         "blip-retriever": {"dataframe_records": [{"image": text(PICTURES[0]), "texts": ["a dog", "a red house"]}]},
     }
     for name, request in requests.items():
@@ -196,7 +236,7 @@ def test_requests_in_json_are_answered_as_the_scoring_server_does(logged):
         answer = client.post("/invocations", json=request)
         assert answer.status_code == 200, answer.text
         (row,) = answer.json()["predictions"]
-        assert isinstance(row["caption"], str) if name == "blip-captioner" else len(row["match_probabilities"]) == 2
+        assert isinstance(row["caption"], str) if name != "blip-retriever" else len(row["match_probabilities"]) == 2
         refused = client.post("/invocations", json={"dataframe_records": [{"image": "?"}]})
         assert refused.status_code == 400
         assert "row 0, image" in json.dumps(refused.json())

@@ -155,7 +155,7 @@ def test_without_stage_1_the_q_former_starts_where_stage_1_did(tmp_path: Path, d
         assert torch.equal(value, first.get_parameter(name)), name
     assert not torch.equal(found.query_tokens, trained.query_tokens)
     assert receipt.facts["started"][0].startswith(str(data["med"]))
-    with pytest.raises(ConfigError, match="qformer_start: without stage 1"):
+    with pytest.raises(ConfigError, match="qformer_start: the job was given no MED"):
         del data["med"]
         start(tmp_path / "nowhere", data, config(data, stage1=False))
 

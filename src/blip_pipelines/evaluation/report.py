@@ -54,6 +54,7 @@ DOES = {
     "capfilt": "captioner writes, filter judges",
     "med_bootstrapped": "ITC + ITM + LM on the new corpus",
     "blip2_stage1": "queries: ITC + ITM + ITG",
+    "blip2_stage2": "a frozen language model: LM",
     "evaluation": "retrieval, captions",
     "release": "gate, register",
 }
@@ -63,6 +64,13 @@ CURVES = {
     "itm": "Image-text matching",
     "lm": "Language modelling",
     "itg": "Text generation",
+}
+WARM_START = "warm_start/regression"
+PROBES = {  # what a stage looks at while it trains: title and unit
+    "i2t_r5": ("picture \u2192 captions, R@5", "recall"),
+    "t2i_r5": ("caption \u2192 pictures, R@5", "recall"),
+    "lm": ("language modelling loss", "nats"),
+    "cider": ("CIDEr-D of greedy captions", "CIDEr-D"),
 }
 QUARANTINE_ROWS = 8
 WATCHED_SUBSETS = 3  # curves of the validation probe in one chart
@@ -239,13 +247,18 @@ def curves(evidence: Evidence) -> Html:
             for index, (name, title) in enumerate(CURVES.items())
             if name in names
         ]
-        for way, title in (("i2t", "picture \u2192 captions"), ("t2i", "caption \u2192 pictures")):
-            start = f"val/{way}_r5/"
+        if WARM_START in names:
+            regressed = {"regression": series(rows, WARM_START)}
+            title = "Warm start: from soft prompts to the caption's words"
+            charts.append(line_chart(title, regressed, x_label="step of the warm start", y_label="of the variance"))
+        for probe, (title, unit) in PROBES.items():
+            start = f"val/{probe}/"
             watched = sorted((name.removeprefix(start) for name in names if name.startswith(start)), key=subset_order)
             probes = {subset: series(rows, start + subset) for subset in watched[:WATCHED_SUBSETS]}
             if probes:
-                title = f"Validation, {title}, R@5"
-                charts.append(line_chart(title, probes, x_label="optimizer step", y_label="recall", percent=True))
+                is_recall = unit == "recall"
+                title = f"Validation, {title}"
+                charts.append(line_chart(title, probes, x_label="optimizer step", y_label=unit, percent=is_recall))
         if not charts and "loss" in names:
             charts.append(line_chart("Loss", {"loss": series(rows, "loss")}, x_label="optimizer step", y_label="nats"))
         parts += [tag("h3", stage), tag("div", charts, class_="figures")]

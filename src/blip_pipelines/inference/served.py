@@ -1,9 +1,10 @@
-"""The models people are served: MLflow "models from code" over an exported MED folder.
+"""The models people are served: MLflow "models from code" over an exported folder.
 
-`blip-captioner` writes a caption for an image. `blip-retriever` embeds images and texts in one space, and scores
-candidate texts for an image by ITC and ITM. MLflow stores the exported folder and a file of two lines that makes the
-model; the code itself comes from the installed package. Images arrive as base64 text (a data URI may stand before it)
-or as bytes, and are untrusted: what cannot be decoded is refused by row and reason.
+`blip-captioner` writes a caption for an image, `blip2` does through a language model (`served_blip2`). `blip-retriever`
+embeds images and texts in one space, and scores candidate texts for an image by ITC and ITM. MLflow stores the folder
+and a file of two lines that makes the model; the code itself comes from the installed package. Images arrive as base64
+text (a data URI may stand before it) or as bytes, and are untrusted: what cannot be decoded is refused by row and
+reason.
 """
 
 import base64
@@ -11,7 +12,7 @@ import binascii
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ from blip_pipelines.data.images import ImageLimits, decode
 from blip_pipelines.data.records import Refused
 from blip_pipelines.data.transforms import to_pixels
 from blip_pipelines.inference import scoring
-from blip_pipelines.inference.generation import GenerationConfig, generate
+from blip_pipelines.inference.generation import Captions, GenerationConfig, generate
 from blip_pipelines.models.exports import load_med
 
-__all__ = ["SERVED", "Captioner", "Retriever", "Served", "set_model"]
+__all__ = ["SERVED", "CaptionWriter", "Captioner", "Retriever", "Served", "read_pixels", "set_model"]
 
 BATCH_IMAGES = 64
 MAX_TEXT_TOKENS = 64
@@ -61,23 +62,16 @@ class _MedModel(PythonModel):
     @torch.no_grad()
     def encode(self, contents: Sequence[bytes], rows: Sequence[int]) -> Tensor:
         """(B, N, D) image tokens on the CPU; `rows` number the images in messages."""
-        limits = ImageLimits(min_side=1, max_side=MAX_SIDE)
-        pixels = np.empty((len(contents), 3, self.size, self.size), np.uint8)
-        for at, (content, row) in enumerate(zip(contents, rows, strict=True)):
-            try:
-                pixels[at] = to_pixels(decode(content, limits=limits), self.size)
-            except Refused as error:
-                raise _refuse(row, "image", f"{error.reason}: {error}") from error
-        batches = torch.from_numpy(pixels).to(self.device).split(BATCH_IMAGES)
+        batches = read_pixels(contents, rows, self.size).to(self.device).split(BATCH_IMAGES)
         return scoring.encode_images(self.med, (self.stem(batch) if self.stem else batch for batch in batches))
 
 
-class Captioner(_MedModel):
+class CaptionWriter(PythonModel):
     """One caption per row.
 
-    Row: `image`, and optionally `prompt`, which the caption goes on from. Parameters: `strategy` (beam, nucleus,
-    greedy), `num_beams`, `top_p`, `min_tokens`, `max_tokens`, `seed`. Returns `caption` and its `log_probability`.
-    The same image and parameters give the same caption, sampled ones too.
+    Row: `image`, and optionally `prompt`. Parameters: `strategy` (beam, nucleus, greedy), `num_beams`, `top_p`,
+    `min_tokens`, `max_tokens`, `seed`. Returns `caption` and its `log_probability`. The same image and parameters give
+    the same caption, sampled ones too.
     """
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -102,23 +96,45 @@ class Captioner(_MedModel):
     def _write(
         self, contents: list[bytes], rows: Sequence[int], config: GenerationConfig, prompt: str, seed: int
     ) -> tuple[list[str], list[float]]:
-        image_BND = self.encode(contents, rows).to(self.device)
         draw_ids = [int.from_bytes(hashlib.sha256(content).digest()[:7], "big") for content in contents]
-        with torch.no_grad():
-            image = self.med.project_image(image_BND)
         try:
-            captions = generate(
-                self.med,
-                image,
-                self.tokenizer,
-                config,
-                prompt=prompt,
-                seed=seed,
-                draw_ids=torch.tensor(draw_ids, dtype=torch.int64),
-            )
+            captions = self.write(contents, rows, config, prompt, seed, torch.tensor(draw_ids, dtype=torch.int64))
         except ValueError as error:  # a prompt or a length that leaves no room
             raise MlflowException.invalid_parameter_value(str(error)) from error
         return captions.texts, captions.log_probability.tolist()
+
+    def write(
+        self,
+        contents: list[bytes],
+        rows: Sequence[int],
+        config: GenerationConfig,
+        prompt: str,
+        seed: int,
+        draw_ids: Tensor,
+    ) -> Captions:
+        """Captions of at most `BATCH_IMAGES` encoded files with one prompt; `rows` number them in messages.
+
+        Raises:
+            ValueError: the prompt or the length leaves no room.
+        """
+        raise NotImplementedError
+
+
+class Captioner(_MedModel, CaptionWriter):
+    """By the decoder of a MED; captions go on from `prompt`."""
+
+    @torch.no_grad()
+    def write(
+        self,
+        contents: list[bytes],
+        rows: Sequence[int],
+        config: GenerationConfig,
+        prompt: str,
+        seed: int,
+        draw_ids: Tensor,
+    ) -> Captions:
+        image = self.med.project_image(self.encode(contents, rows).to(self.device))
+        return generate(self.med, image, self.tokenizer, config, prompt=prompt, seed=seed, draw_ids=draw_ids)
 
 
 class Retriever(_MedModel):
@@ -237,7 +253,24 @@ SERVED = {
         lambda: pd.DataFrame({"image": [_example_image()], "texts": [["a red square", "a dog"]]}),
     ),
 }
+SERVED["blip2"] = replace(SERVED["blip-captioner"], code=Path(__file__).with_name("serve_blip2.py"))
 SERVED["blip-filter"] = SERVED["blip-retriever"]  # asked in the same way; its match probabilities are what it is for
+
+
+def read_pixels(contents: Sequence[bytes], rows: Sequence[int], size: int) -> Tensor:
+    """(B, 3, size, size) uint8 of encoded files; `rows` number them in messages.
+
+    Raises:
+        MlflowException: the caller's error; one of them is no image.
+    """
+    limits = ImageLimits(min_side=1, max_side=MAX_SIDE)
+    pixels = np.empty((len(contents), 3, size, size), np.uint8)
+    for at, (content, row) in enumerate(zip(contents, rows, strict=True)):
+        try:
+            pixels[at] = to_pixels(decode(content, limits=limits), size)
+        except Refused as error:
+            raise _refuse(row, "image", f"{error.reason}: {error}") from error
+    return torch.from_numpy(pixels)
 
 
 def _column(table: pd.DataFrame, name: str, required: bool = False) -> list[Any]:

@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from blip_pipelines.config import ConfigError, read
 from blip_pipelines.data.transforms import ImageConfig
@@ -42,7 +43,7 @@ class Blip2Parts:
         cls,
         inputs: Mapping[str, Path],
         language: LanguageConfig,
-        anew: QFormerStartConfig | None,
+        anew: Literal["med"] | QFormerStartConfig | None,
         cached: bool,
         seed: int,
         work: Path,
@@ -51,12 +52,12 @@ class Blip2Parts:
         """From the inputs of a job: `start`, `images`, and where needed `packages` and `med`.
 
         Args:
-            anew: where the Q-Former starts if it does not take the weights of `start`.
+            anew: where the Q-Former starts, `med` from that input, if it does not take the weights of `start`.
             cached: the tower's outputs; otherwise it runs in every step.
             work: folder of one piece of work; caches lie beside that of all work.
 
         Raises:
-            ConfigError: the Q-Former is to start from nothing.
+            ConfigError: the Q-Former is to start from a MED, and none is given.
             StorageError, LanguageError, PackageError: something cannot be read; the message says what.
         """
         start, former, started = load_blip2(inputs["start"]), None, [str(inputs["start"])]
@@ -88,13 +89,13 @@ class Blip2Parts:
 
 
 def _started_anew(
-    start: ExportedBlip2, config: QFormerStartConfig, inputs: Mapping[str, Path], seed: int
+    start: ExportedBlip2, config: Literal["med"] | QFormerStartConfig, inputs: Mapping[str, Path], seed: int
 ) -> tuple[QFormer, list[str]]:
     """A Q-Former of the same sizes where one is before stage 1, its LayerNorm on images included."""
-    if "med" in inputs:
-        config = replace(config, med=str(inputs["med"]))
-    if not (config.med or config.bert or config.model):
-        raise ConfigError("qformer_start: without stage 1 the Q-Former needs a start; give the input med, or bert")
+    if not isinstance(config, QFormerStartConfig):
+        if "med" not in inputs:
+            raise ConfigError("blip2_stage2.qformer_start: the job was given no MED; name another start")
+        config = QFormerStartConfig(med=str(inputs["med"]))
     former = QFormer(start.former.config, seed)
     source = TowerConfig(config.med) if config.med else start.tower.config
     if source is not None:

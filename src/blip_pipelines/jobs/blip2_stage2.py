@@ -4,8 +4,8 @@ Two phases with checkpoints of their own: the warm start of the projection, whic
 paper, then generative pretraining.
 
 Inputs: `pairs`, `images`, `start` (the export of stage 1) and, where the parameters say `package:`, `packages`. In the
-ablation without stage 1 (`stage1: false`) `start` gives tower, tokenizer and sizes alone, and `med`, if there is one,
-is the MED from which the Q-Former starts, as in stage 1.
+ablation without stage 1 (`stage1: false`) `start` gives tower, tokenizer and sizes alone, and `med` is the MED from
+which the Q-Former starts, where the parameters say so.
 
 Outputs: the export of `models.blip2_exports.export_blip2`, `checkpoint/` (everything training left) and `history.json`,
 in which the curves of the warm start come last, under names of their own.
@@ -59,7 +59,7 @@ class Blip2Stage2Config:
     Args:
         prompting: how the language model is spoken to.
         stage1: False: the Q-Former starts anew as `qformer_start` says; an ablation.
-        qformer_start: read without stage 1 only.
+        qformer_start: where stage 1 started; read without it only. `med`: the MED among the inputs.
         features: `cached` keeps the outputs of the frozen image encoder on disk; `live` runs it in every step.
         origins: captions to train on (human, web, synthetic); null for all.
         window_shards: shards whose rows are mixed with one another.
@@ -74,7 +74,7 @@ class Blip2Stage2Config:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     objective: GenerativeConfig = field(default_factory=GenerativeConfig)
     stage1: bool = True
-    qformer_start: QFormerStartConfig = field(default_factory=QFormerStartConfig)
+    qformer_start: Literal["med"] | QFormerStartConfig = "med"
     features: Literal["cached", "live"] = "cached"
     origins: tuple[str, ...] | None = None
     window_shards: int = 8
@@ -82,6 +82,10 @@ class Blip2Stage2Config:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     seed: int = 0
     loader_workers: int = speed_only(0)
+
+    @property
+    def needs_med(self) -> bool:
+        return not self.stage1 and self.qformer_start == "med"
 
 
 Config = Blip2Stage2Config
@@ -97,8 +101,15 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
     settings = read(Blip2Stage2Config, config, "blip2_stage2")
     pairs = Pairs.open(inputs["pairs"], inputs["images"])
     train_pairs = pairs.select(split="train", origins=settings.origins)
-    anew = None if settings.stage1 else settings.qformer_start
-    parts = Blip2Parts.open(inputs, settings.language, anew, settings.features == "cached", settings.seed, work, world)
+    parts = Blip2Parts.open(
+        inputs,
+        settings.language,
+        None if settings.stage1 else settings.qformer_start,
+        settings.features == "cached",
+        settings.seed,
+        work,
+        world,
+    )
     model = Blip2(parts.former, parts.language, settings.prompting, parts.live_tower, settings.seed)
     before = parts.frozen_hashes()
 

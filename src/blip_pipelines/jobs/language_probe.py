@@ -24,11 +24,13 @@ class ProbeConfig:
     """Which rows.
 
     Args:
+        subsets: of the split; null for all it has.
         rows: of a subset, the first ones, for the loss.
         captions: images of them to write captions for, scored by CIDEr-D; 0 for none.
     """
 
     split: str = "val"
+    subsets: tuple[str, ...] | None = None
     rows: int = 64
     captions: int = 0
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig("greedy", min_tokens=3))
@@ -52,13 +54,13 @@ class LanguageProbe:
         self.task = GenerativePretraining(model, objective, World())
         self.scenes: dict[str, tuple[HeldOut, Batch]] = {}
         held_out = pairs.select(split=config.split)
-        for subset in sorted({*held_out.column("subset")} - {None}):
+        for subset in config.subsets or sorted({*held_out.column("subset")} - {None}):
             rows = held_out.select(subset=subset)
             held = HeldOut(subset, rows.select(rows=np.arange(min(len(rows), config.rows))))
-            texts = parts.language.tokenizer(held.captions, max_tokens, objective.prompt)
+            ids, mask = parts.language.tokenizer(held.captions, max_tokens, objective.prompt)
             pixels = torch.from_numpy(parts.images.reader(held.rows)(np.arange(len(held.rows))))
             prompt_tokens = parts.language.tokenizer.prompt_tokens(objective.prompt)
-            self.scenes[subset] = held, _batch(pixels, *map(torch.from_numpy, texts), prompt_tokens)
+            self.scenes[subset] = held, _batch(pixels, torch.from_numpy(ids), torch.from_numpy(mask), prompt_tokens)
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:

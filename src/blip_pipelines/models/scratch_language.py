@@ -5,6 +5,7 @@ it has no package and no network to wait for. It stays frozen like any other, so
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,4 +41,5 @@ def scratch_llama(config: ScratchConfig, tokenizer: CaptionTokenizer, dtype: tor
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return LlamaForCausalLM(stock).to(dtype).eval()
+        model: Any = LlamaForCausalLM(stock)
+    return model.to(dtype).eval()

@@ -10,6 +10,7 @@ from blip_pipelines.pipelines.parameters import Stage, read_block
 
 MED_JOB = "blip_pipelines.jobs.evaluate_med"
 STAGE1_JOB = "blip_pipelines.jobs.evaluate_blip2_stage1"
+STAGE2_JOB = "blip_pipelines.jobs.evaluate_blip2_stage2"
 
 Measured = tuple[Receipt, dict[str, float], dict[str, Any]]
 
@@ -38,6 +39,11 @@ def evaluate_med(
 def evaluate_blip2_stage1(model: Path, pairs: Path, images: Path, parameters: dict[str, Any]) -> Measured:
     """The same of a Q-Former, and where its queries look."""
     return _measured(STAGE1_JOB, "blip2_stage1", model, pairs, images, parameters)
+
+
+def evaluate_blip2_stage2(model: Path, pairs: Path, images: Path, parameters: dict[str, Any]) -> Measured:
+    """The captions of a language model that a Q-Former speaks to."""
+    return _measured(STAGE2_JOB, "blip2_stage2", model, pairs, images, parameters)
 
 
 def _measured(job: str, stage: str, model: Path, pairs: Path, images: Path, parameters: dict[str, Any]) -> Measured:

@@ -2,13 +2,18 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from blip_pipelines.pipelines.evaluation.nodes import compare_models, evaluate_blip2_stage1, evaluate_med
+from blip_pipelines.pipelines.evaluation.nodes import (
+    compare_models,
+    evaluate_blip2_stage1,
+    evaluate_blip2_stage2,
+    evaluate_med,
+)
 from blip_pipelines.pipelines.rounds import models_of, with_known
 
 
 def create_pipeline(rounds: int = 1) -> Pipeline:
     evaluators = {stage: with_known(evaluate_med, stage=stage) for stage in models_of(rounds)}
-    evaluators["blip2_stage1"] = evaluate_blip2_stage1
+    evaluators |= {"blip2_stage1": evaluate_blip2_stage1, "blip2_stage2": evaluate_blip2_stage2}
     stages = tuple(evaluators)
     measured = [
         Node(

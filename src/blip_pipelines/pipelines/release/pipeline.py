@@ -10,7 +10,7 @@ from blip_pipelines.pipelines.rounds import in_round, models_of, with_known
 
 def create_pipeline(rounds: int = 1) -> Pipeline:
     models, filtered = models_of(rounds), [in_round("capfilt", number) for number in range(1, rounds + 1)]
-    released, trained = releases(rounds), (*models, "blip2_stage1")
+    released, trained = releases(rounds), (*models, "blip2_stage1", "blip2_stage2")
     of_models = {
         **{name: name for entry in released for name in (*entry.data_sets, "noise")},
         "parameters": "params:release",

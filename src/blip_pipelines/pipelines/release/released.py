@@ -61,6 +61,18 @@ def releases(rounds: int = 1) -> tuple[Released, ...]:
             measured_by="blip_pipelines.jobs.evaluate_med",
         ),
         Released(
+            stage="blip2_stage2",
+            names=("blip2",),
+            model="blip2_stage2_model",
+            record="blip2_stage2_run",
+            trained_on=(*corpora, "pairs"),
+            contracts=f"{judge}_contracts",
+            checked=f"{judge}_pairs_checked",
+            predictions="blip2_stage2_predictions",
+            metrics="evaluation_metrics",
+            measured_by="blip_pipelines.jobs.evaluate_blip2_stage2",
+        ),
+        Released(
             stage=judge,
             names=("blip-filter",),
             model=f"{judge}_filter",
