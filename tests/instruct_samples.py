@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from blip2_objectives_samples import descend, tiny_blip2
-from blip2_samples import tiny_image, tiny_qformer_config
+from blip2_samples import language_stock, spoken_tokenizer, stock_blip2_config, tiny_image, tiny_qformer_config
 from data_samples import WORDS, tokenizer_json
 
 from blip_pipelines.data.instruction_loader import InstructionBatch
@@ -84,3 +85,35 @@ def train_instruct(world, variants: dict[str, tuple]) -> dict[str, Any]:
             task, world, lambda step, task=task, count=accumulation: instruction_batches(task.blip2, step, count), 2
         )
     return found
+
+
+def write_published(folder, kind, name):
+    """A random stock model with its processor, as it would come from elsewhere."""
+    words, language = caption_tokenizer(), language_stock(kind)
+    config = tiny_qformer_config(vocabulary=len(words), pad_id=words.pad)
+    whole = stock_blip2_config(config, text_config=language.config, image_token_index=len(spoken_tokenizer()))
+    if name == "InstructBlip":
+        values = {**whole.qformer_config.to_dict(), "vocab_size": len(words), "model_type": "instructblip_qformer"}
+        whole = transformers.InstructBlipConfig(
+            vision_config=whole.vision_config.to_dict(),
+            qformer_config=values,
+            text_config=language.config,
+            num_query_tokens=4,
+            image_token_index=len(spoken_tokenizer()),
+        )
+    else:
+        whole.qformer_config.use_qformer_text_input = False
+    torch.manual_seed(0)
+    stock = getattr(transformers, f"{name}ForConditionalGeneration")(whole).eval()
+    with torch.no_grad():
+        stock.query_tokens.normal_()
+        stock.vision_model.post_layernorm.weight.uniform_(0.5, 1.5)
+    stock.save_pretrained(folder)
+    image = transformers.BlipImageProcessorPil(
+        size={"height": 8, "width": 8}, image_mean=[0.4] * 3, image_std=[0.3] * 3
+    )
+    if name == "InstructBlip":
+        transformers.InstructBlipProcessor(image, spoken_tokenizer(), words.stock, 4).save_pretrained(folder)
+    else:
+        transformers.Blip2Processor(image, spoken_tokenizer(), 4).save_pretrained(folder)
+    return stock

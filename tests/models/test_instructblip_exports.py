@@ -2,14 +2,11 @@ import pytest
 import torch
 import transformers
 from blip2_samples import (
-    language_stock,
-    spoken_tokenizer,
-    stock_blip2_config,
     tiny_qformer_config,
     tiny_uint8,
     vit_folder,
 )
-from instruct_samples import ASKED, PROMPTS, caption_tokenizer, tiny_instructblip, tokens_of
+from instruct_samples import ASKED, PROMPTS, caption_tokenizer, tiny_instructblip, tokens_of, write_published
 
 from blip_pipelines.models.blip2 import Blip2
 from blip_pipelines.models.blip2_exports import export_blip2, load_blip2
@@ -142,38 +139,6 @@ def test_the_stock_processor_prepares_what_ours_reads(tmp_path, vit):
     assert inputs["input_ids"][0].tolist() == [*image, *read[0][:4].tolist()]
     assert inputs["qformer_input_ids"][0].tolist() == question[0][mask[0]].tolist()
     torch.testing.assert_close(inputs["pixel_values"], normalised(tiny_uint8(1), vit.vision), atol=1e-5, rtol=0)
-
-
-def write_published(folder, kind, name):
-    """A random stock model with its processor, as it would come from elsewhere."""
-    words, language = caption_tokenizer(), language_stock(kind)
-    config = tiny_qformer_config(vocabulary=len(words), pad_id=words.pad)
-    whole = stock_blip2_config(config, text_config=language.config, image_token_index=len(spoken_tokenizer()))
-    if name == "InstructBlip":
-        values = {**whole.qformer_config.to_dict(), "vocab_size": len(words), "model_type": "instructblip_qformer"}
-        whole = transformers.InstructBlipConfig(
-            vision_config=whole.vision_config.to_dict(),
-            qformer_config=values,
-            text_config=language.config,
-            num_query_tokens=4,
-            image_token_index=len(spoken_tokenizer()),
-        )
-    else:
-        whole.qformer_config.use_qformer_text_input = False
-    torch.manual_seed(0)
-    stock = getattr(transformers, f"{name}ForConditionalGeneration")(whole).eval()
-    with torch.no_grad():
-        stock.query_tokens.normal_()
-        stock.vision_model.post_layernorm.weight.uniform_(0.5, 1.5)
-    stock.save_pretrained(folder)
-    image = transformers.BlipImageProcessorPil(
-        size={"height": 8, "width": 8}, image_mean=[0.4] * 3, image_std=[0.3] * 3
-    )
-    if name == "InstructBlip":
-        transformers.InstructBlipProcessor(image, spoken_tokenizer(), words.stock, 4).save_pretrained(folder)
-    else:
-        transformers.Blip2Processor(image, spoken_tokenizer(), 4).save_pretrained(folder)
-    return stock
 
 
 @pytest.mark.parametrize("kind", KINDS)
