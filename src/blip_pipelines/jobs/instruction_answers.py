@@ -1,7 +1,7 @@
 """What a model answers to the rows of an instruction table."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,16 +12,18 @@ from blip_pipelines.inference.answering import Answered, Answerer
 from blip_pipelines.jobs.training_data import Images
 
 
-def drawn_rows(view: Instructions, rows: int, seed: int = 0) -> np.ndarray:
-    """Ascending rows of the view: of each data set so many, those whose hash comes first, or all if there are fewer.
+def drawn_rows(view: Instructions, rows: int | None, seed: int = 0) -> np.ndarray:
+    """Ascending rows of the view: of each data set so many, those whose hash comes first; all, if there are fewer or
+    `rows` is None.
 
     So what is drawn does not change with the other data sets, nor with the order of the table.
     """
-    every = np.arange(len(view))
-    names = zip(view.values("data_set", every), view.values("sample", every), strict=True)
-    by_data_set: dict[str, list[tuple[str, int]]] = {}
-    for row, (data_set, sample) in enumerate(names):
-        digest = hashlib.sha256(f"{seed}/{data_set}/{sample}/{view.keys[row]}".encode()).hexdigest()
+    every, by_data_set = np.arange(len(view)), dict[str, list[tuple[str, int]]]()
+    if rows is None:
+        return every
+    names = (view.values(name, every) for name in ("data_set", "sample", "instruction"))
+    for row, (data_set, sample, instruction) in enumerate(zip(*names, strict=True)):
+        digest = hashlib.sha256(f"{seed}/{data_set}/{sample}/{instruction}".encode()).hexdigest()
         by_data_set.setdefault(data_set, []).append((digest, row))
     return np.sort([row for found in by_data_set.values() for _, row in sorted(found)[:rows]]).astype(np.int64)
 
@@ -83,8 +85,3 @@ def _pixels(
         batch = slice(start, start + asking.batch_rows)
         pixels = torch.from_numpy(read_images(places[batch].reshape(-1)))
         yield rows[batch], pixels.unflatten(0, places[batch].shape)
-
-
-def share_of_rank(rows: Sequence[int] | np.ndarray, rank: int, ranks: int) -> np.ndarray:
-    """A rank's part of them."""
-    return np.array_split(np.asarray(rows), ranks)[rank]
