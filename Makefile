@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENV ?= base
 NAME ?= blip-captioner
-ALIAS ?= candidate
+ALIAS ?= champion
 PORT ?= 5000
 
 export DO_NOT_TRACK := 1
@@ -14,7 +14,7 @@ export PYTHONUNBUFFERED := 1
 export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH_BUILD := $(if $(UV_FIND_LINKS),,--torch-backend auto)
 
-.PHONY: help setup packages run ablations smoke test test-fast check format report serve viz benchmarks dvc-yaml constraints clean
+.PHONY: help setup packages run ablations smoke test test-fast check format report serve page viz benchmarks dvc-yaml constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,7 +62,10 @@ format: setup ## write the house format
 	$(BIN)/ruff check --fix src tests benchmarks
 
 serve: setup ## a registered model over HTTP (NAME, ALIAS, PORT)
-	MLFLOW_TRACKING_URI=sqlite:///mlruns/mlflow.db $(BIN)/mlflow models serve -m models:/$(NAME)@$(ALIAS) --env-manager local --port $(PORT)
+	$(BIN)/kedro serve $(NAME) --alias $(ALIAS) --port $(PORT) --env $(ENV)
+
+page: setup ## all registered models in the browser: caption, ask, judge, find (PORT)
+	$(BIN)/kedro serve --alias $(ALIAS) --port $(PORT) --env $(ENV) --open
 
 viz: setup ## the pipelines in a browser
 	$(BIN)/kedro viz run

@@ -191,15 +191,31 @@ class RecordOutputs:
         ]
         if not stages:
             return
+        tracking = self._context.config_loader["tracking"]
         why_not = self._why_not(stages, run_params["env"], catalog.load("parameters"))
         if not why_not:
             from blip_pipelines.tracking.dvc import record
 
-            why_not = record(self._context.project_path, stages)
+            why_not = record(self._context.project_path, stages, tracking["keep_inputs_bytes"])
         if why_not:
             log.info("DVC: not recorded: %s", why_not)
         else:
             log.info("DVC: recorded %s in dvc.lock", ", ".join(stages))
+        if "release" in stages:
+            self._keep_lineage(run_params["env"] or "base", catalog, None if "DVC_STAGE" in os.environ else why_not)
+
+    def _keep_lineage(self, env: str, catalog: DataCatalog, not_in_dvc: str | None) -> None:
+        """Of the models that this run released, in the run that registered them; here, as `dvc.lock` is done now."""
+        from blip_pipelines.pipelines.snapshot import snapshot
+        from blip_pipelines.tracking import lineage
+        from blip_pipelines.tracking.runs import Run, Store
+
+        root, tracking = self._context.project_path, self._context.config_loader["tracking"]
+        each = {name: pipeline for name, pipeline in pipelines.items() if name != "__default__"}
+        store = Store(root / tracking["folder"], tracking["experiment"])
+        found = snapshot(each, catalog, catalog.load("parameters"))
+        for run in {model["run"] for model in catalog.load("registered")["models"]}:
+            lineage.keep(root, Run(store, run), found, env, not_in_dvc)
 
     def _why_not(self, stages: list[str], env: str | None, values: dict[str, Any]) -> str | None:
         root = self._context.project_path

@@ -44,10 +44,13 @@ def test_registered_model_is_traceable_loads_by_alias_and_equal_content_is_regis
         other = register_served(NAME, SERVED[NAME], folder, "candidate", made_from("c" * 64), {})
     finally:
         runs.enter(None)
+    run = first.pop("run")
     assert first == {"name": NAME, "version": "1", "alias": "candidate", "stage": "med_pretraining"}
     assert again["version"] == "1" and other["version"] == "2"
     version = store.client.get_model_version_by_alias(NAME, "champion")
-    assert version.tags["model"] == "a" * 64 and "cider/combo: 1.5" in version.description
+    assert (
+        version.tags["run"] == run and version.tags["model"] == "a" * 64 and "cider/combo: 1.5" in version.description
+    )
     model = mlflow.pyfunc.load_model(f"models:/{NAME}@candidate")
     assert model.metadata.signature.inputs is not None and model.input_example is not None
     asked = pd.DataFrame({"image": [base64.b64encode(picture(0)).decode()]})

@@ -18,8 +18,12 @@ from typing import Any
 
 import yaml
 
+from blip_pipelines.tracking.data_versions import keep_inputs
+
+log = logging.getLogger(__name__)
+
 HEADER = "# Written from the Kedro pipelines and catalog by `make dvc-yaml`; a test holds them equal. Do not edit.\n"
-WATCHERS = {"tracking/runs.py"}  # sends numbers to MLflow; no output depends on it
+WATCHERS = {"tracking/runs.py", "tracking/moved.py"}  # sends numbers to MLflow; no output depends on it
 
 
 def render(root: Path) -> str:
@@ -40,8 +44,12 @@ def render(root: Path) -> str:
     return HEADER + yaml.safe_dump(document, sort_keys=False, width=120)
 
 
-def record(root: Path, stages: Iterable[str]) -> str | None:
-    """Write the stages' present inputs and outputs into `dvc.lock`; returns why that failed, or None."""
+def record(root: Path, stages: Iterable[str], keep_inputs_bytes: float = 0.0) -> str | None:
+    """Write the stages' present inputs and outputs into `dvc.lock`; returns why that failed, or None.
+
+    Args:
+        keep_inputs_bytes: sources up to this size go into DVC's cache beside the outputs.
+    """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -53,6 +61,11 @@ def record(root: Path, stages: Iterable[str]) -> str | None:
         with Repo(str(root)) as repo:
             for stage in stages:
                 repo.commit(f"{path}:{stage}", force=True)
+            recorded = [stage for stage in repo.index.stages if getattr(stage, "name", None) in set(stages)]
+            if left := keep_inputs(repo, recorded, keep_inputs_bytes):
+                log.info(
+                    "DVC: not kept in its cache, being over keep_inputs_bytes of tracking.yml: %s", ", ".join(left)
+                )
     except (DvcException, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -40,7 +40,7 @@ def register_served(
         files: kept as artifacts `<folder>/<file>` of the run, by folder; the version's tag `run` leads to them.
 
     Returns:
-        A row of the report: name, version, alias, stage.
+        A row of the report: name, version, alias, stage; and the run.
 
     Raises:
         RegistryError: there is no MLflow run to register under.
@@ -56,13 +56,15 @@ def register_served(
         client.set_model_version_tag(name, version, key, value)
     client.update_model_version(name, version, _card(made_from, metrics))
     client.set_registered_model_alias(name, alias, version)
-    return {"name": name, "version": version, "alias": alias, "stage": made_from["stage"]}
+    return {"name": name, "version": version, "alias": alias, "stage": made_from["stage"], "run": run.id}
 
 
 def load(store: runs.Store, name: str, version: str) -> Any:
     """The served model, loaded as a server does: an MLflow `PyFuncModel`."""
     import mlflow
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     mlflow.set_tracking_uri(store.uri)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -100,8 +102,10 @@ def find(store: runs.Store, uri: str) -> Any:
 
 def artifact(store: runs.Store, version: Any, path: str, into: Path) -> Path | None:
     """A file or folder that was kept with a version, copied into a folder; None where there is none."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
     from mlflow.exceptions import MlflowException
 
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     run = version.tags.get("run")
     try:
         return Path(store.client.download_artifacts(run, path, str(into))) if run else None

@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from blip_pipelines.tracking.moved import follow
+
 ROWS_PER_CALL = 900  # MLflow takes at most 1000 metrics in one call
 VALUE_CHARACTERS = 500  # what a parameter may hold in every MLflow store
 
@@ -34,8 +36,10 @@ class Store:
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
         artifacts = None
         if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            artifacts = (folder.resolve() / "artifacts").as_posix()
+            database = Path(self.uri.removeprefix("sqlite:///")).resolve()
+            database.parent.mkdir(parents=True, exist_ok=True)
+            artifacts = (database.parent / "artifacts").as_posix()
+            follow(database)
         self.client = MlflowClient(self.uri)
         found = self.client.get_experiment_by_name(experiment)
         self.experiment = found.experiment_id if found else self.client.create_experiment(experiment, artifacts)
