@@ -105,7 +105,7 @@ def test_stock_retrieval_takes_the_laid_out_features_of_the_stem(tmp_path, token
     former = make_former(tower, tokenizer)
     export_blip2(former, tmp_path, tower, tokenizer, {"size": 128})
     pixels = tiny_uint8(size=128)
-    assert_equal_retrieval(former, tmp_path, tokenizer, lay_out(stem(pixels)), tower.encode(pixels))
+    assert_equal_retrieval(former, tmp_path, tokenizer, lay_out(stem(pixels).half().float()), tower.encode(pixels))
     loaded = load_blip2(tmp_path)
     assert torch.equal(loaded.tower(pixels), tower(pixels))
 

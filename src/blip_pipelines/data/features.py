@@ -28,7 +28,8 @@ from blip_pipelines.data.transforms import ImageConfig, augment, to_pixels
 _INDEX = "index.json"
 _REMEDY = "remove the folder; the stage that uses it computes it again"
 
-Encode = Callable[[np.ndarray], np.ndarray]  # (B, 3, S, S) uint8 -> (B, N, P) floating point
+# (B, 3, S, S) uint8, or float16 features of a cache below, -> (B, N, P) floating point
+Encode = Callable[[np.ndarray], np.ndarray]
 
 
 class FeatureCache:
@@ -52,11 +53,19 @@ class FeatureCache:
             if not file.is_file() or file.stat().st_size != entry["bytes"]:
                 raise StorageError(f"{file}: missing or not of {entry['bytes']} bytes; {_REMEDY}")
             self._place.update((key, (number, row)) for row, key in enumerate(entry["keys"]))
+        self._keys = {entry["name"]: entry["keys"] for entry in index["files"]}
         self._arrays: dict[int, np.ndarray] = {}
 
     @classmethod
     def create(
-        cls, root: Path, images: Path, config: ImageConfig, tower_hash: str, encode: Encode, batch_images: int = 64
+        cls,
+        root: Path,
+        images: Path,
+        config: ImageConfig,
+        tower_hash: str,
+        encode: Encode,
+        batch_images: int = 64,
+        below: "FeatureCache | None" = None,
     ) -> "FeatureCache":
         """Open the cache of these images, tower and views under `root`; compute what is missing of it.
 
@@ -66,6 +75,7 @@ class FeatureCache:
             config: size of the views, their number, and how views after the first are augmented.
             tower_hash: names the weights and code of the encoder.
             encode: (B, 3, S, S) uint8 to (B, N, P); deterministic, called with at most `batch_images` images.
+            below: features of the same images and views that `encode` takes in place of pixels.
 
         Raises:
             StorageError: the disk is full, or an image shard is damaged.
@@ -73,7 +83,7 @@ class FeatureCache:
         """
         folder, identity = _named(root, images, config, tower_hash)
         if not (folder / _INDEX).exists():
-            entries = [_fill(folder, images, shard, config, encode, batch_images) for shard in _shards(images)]
+            entries = [_fill(folder, images, shard, config, encode, batch_images, below) for shard in _shards(images)]
             shapes = {tuple(entry.pop("shape")) for entry in entries}
             if len(shapes) != 1:
                 raise StorageError(f"{folder}: shards hold features of shapes {sorted(shapes)}; {_REMEDY}")
@@ -116,6 +126,13 @@ class FeatureCache:
             features[here] = self._array(int(number))[places[here, 1], views[here]]
         return features
 
+    def batches(self, name: str, batch_images: int) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+        """Keys of one file in its order, and of each view their features, (B, N, P) float16."""
+        keys = self._keys[name]
+        for start in range(0, len(keys), batch_images):
+            batch = keys[start : start + batch_images]
+            yield batch, [self.read(batch, view) for view in range(self.views)]
+
     def read(self, keys: Sequence[str], view: int = 0) -> np.ndarray:
         """(B, N, P) float16: features of one view of the images with these keys."""
         return self.gather(self.places(keys), np.full(len(keys), view))
@@ -137,6 +154,7 @@ def fill(
     encode: Encode,
     batch_images: int = 64,
     part: tuple[int, int] = (0, 1),
+    below: FeatureCache | None = None,
 ) -> None:
     """Compute every n-th file of a cache, from the i-th on, where `part` is (i, n): the share of one of n processes.
 
@@ -145,7 +163,7 @@ def fill(
     folder = _named(root, images, config, tower_hash)[0]
     if not (folder / _INDEX).exists():
         for shard in _shards(images)[part[0] :: part[1]]:
-            _fill(folder, images, shard, config, encode, batch_images)
+            _fill(folder, images, shard, config, encode, batch_images, below)
 
 
 def place(root: Path, images: Path, config: ImageConfig, tower_hash: str) -> Path:
@@ -168,7 +186,13 @@ def _shards(images: Path) -> list[shards.Shard]:
 
 
 def _fill(
-    folder: Path, images: Path, shard: shards.Shard, config: ImageConfig, encode: Encode, batch_images: int
+    folder: Path,
+    images: Path,
+    shard: shards.Shard,
+    config: ImageConfig,
+    encode: Encode,
+    batch_images: int,
+    below: FeatureCache | None,
 ) -> dict[str, Any]:
     """Compute one file, unless an earlier run finished it; returns its index entry."""
     file = folder / Path(shard.name).with_suffix(".npy").name
@@ -177,8 +201,14 @@ def _fill(
         return storage.read_json(note)
     keys: list[str] = []
     shape: tuple[int, ...] = ()
+    batches = _read_shard(images, shard, config, batch_images)
+    if below is not None:
+        batches = below.batches(file.name, batch_images)
     with storage.writing(file) as temporary, temporary.open("wb") as array:
-        for batch_keys, features in _encode_shard(images, shard, config, encode, batch_images):
+        for batch_keys, views in batches:
+            features = np.stack([np.asarray(encode(view)).astype("<f2") for view in views], 1)
+            if not np.isfinite(features).all():
+                raise ValueError(f"{shard.name}: features are not finite in float16; scale the outputs of the tower")
             if not keys:
                 shape = features.shape[1:]
                 header = {"descr": "<f2", "fortran_order": False, "shape": (shard.images, *shape)}
@@ -191,10 +221,10 @@ def _fill(
     return entry
 
 
-def _encode_shard(
-    images: Path, shard: shards.Shard, config: ImageConfig, encode: Encode, batch_images: int
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Keys and (B, V, N, P) float16 features of the images of a shard, in its order."""
+def _read_shard(
+    images: Path, shard: shards.Shard, config: ImageConfig, batch_images: int
+) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    """Keys of the images of a shard, in its order, and of each view their pixels, (B, 3, S, S) uint8."""
     reader, number = shards.ShardReader(images), int(Path(shard.name).stem)
     with reader.open(number) as file:
         places = _places(images, number) if reader.is_in_place(number) else _walk(file)
@@ -205,11 +235,8 @@ def _encode_shard(
             views = []
             for view in range(config.views):
                 pixels = [_view(image, key, view, config) for image, key in zip(decoded, keys, strict=True)]
-                views.append(np.asarray(encode(np.stack(pixels))).astype("<f2"))
-            features = np.stack(views, 1)
-            if not np.isfinite(features).all():
-                raise ValueError(f"{shard.name}: features are not finite in float16; scale the outputs of the tower")
-            yield keys, features
+                views.append(np.stack(pixels))
+            yield keys, views
 
 
 def _walk(file: BinaryIO) -> list[tuple[int, int]]:

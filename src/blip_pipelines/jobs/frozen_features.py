@@ -41,7 +41,7 @@ class Features:
     Args:
         computed: views of images that no earlier run had left, over all ranks.
         seconds: of wall time, here and now.
-        seconds_per_view: of one encoder, as measured where it ran; None where nobody noted it.
+        seconds_per_view: of one encoder, its stem included, as measured where it ran; None where nobody noted it.
     """
 
     cache: FeatureCache
@@ -71,6 +71,8 @@ def ensure_features(
 def fill_features(images: Path, config: ImageConfig, encoder: FrozenEncoder, work: Path, world: World) -> Features:
     """The cache beside the folder of all work, filled by all ranks together as far as it is not, verified if it was.
 
+    A tower behind a stem is filled from the cache of the stem's features, which the training of its MED has left.
+
     Args:
         images: folder of tar shards.
         config: size and number of the views.
@@ -82,16 +84,21 @@ def fill_features(images: Path, config: ImageConfig, encoder: FrozenEncoder, wor
     root, started = work.parent.parent / CACHE, time.perf_counter()
     folder = place(root, images, config, encoder.hash)
     encoder = encoder.to(world.device)
-    found = world.broadcast((folder / "index.json").exists())
+    found, below = world.broadcast((folder / "index.json").exists()), None
+    if not found and (stem := getattr(encoder, "stem", None)) is not None:
+        below = fill_features(images, config, stem, work, world)
+    cache_below = below.cache if below else None
     encode = _Encode(encoder, sum(shard.images for shard in shards.read_manifest(images)) * config.views, world)
     if not found and world.is_first:
         _announce(folder, images, config, encode)
-    fill(root, images, config, encoder.hash, encode, part=(world.rank, world.ranks))
+    fill(root, images, config, encoder.hash, encode, part=(world.rank, world.ranks), below=cache_below)
     world.barrier()
     if world.is_first:
-        FeatureCache.create(root, images, config, encoder.hash, encode)  # finds the files and writes the index
+        # Finds the files and writes the index.
+        FeatureCache.create(root, images, config, encoder.hash, encode, below=cache_below)
         if encode.done:
-            write_json(folder / COST, {"seconds_per_view": encode.seconds / encode.done})
+            own, before = encode.seconds / encode.done, (below.seconds_per_view or 0.0) if below else 0.0
+            write_json(folder / COST, {"seconds_per_view": own + before})
     world.barrier()
     cache = FeatureCache.create(root, images, config, encoder.hash, encode)
     if found:

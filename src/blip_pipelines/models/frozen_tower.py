@@ -103,8 +103,8 @@ class FrozenTower(Frozen):
         """
         if self.stem is None:
             pixels = (pixels - self.mean) / self.std
-        elif pixels.ndim == 4:
-            pixels = self.stem(pixels)
+        else:  # rounded as a cache of the stem's features stores them
+            pixels = (self.stem(pixels) if pixels.ndim == 4 else pixels).half()
         weight = next(self.model.parameters())
         with torch.autocast(weight.device.type, enabled=False):
             found = self.model(pixels.to(weight.dtype))
