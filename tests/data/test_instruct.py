@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from blip_pipelines.data.instruct import InstructError, InstructionsConfig, file
 from blip_pipelines.data.instructions import Instructions
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.questions import Asker
-from blip_pipelines.data.sources.emoji import EmojiConfig, EmojiSource
+from blip_pipelines.data.sources.emoji import EmojiConfig, EmojiSource, emoji_table
+from blip_pipelines.data.sources.emoji_facts import KINDS
 from blip_pipelines.pipelines.parameters import laid_over
 
 CONF = Path(__file__).parents[2] / "conf"
+PACKAGES = CONF.parent / "data" / "01_raw" / "packages"
 
 
 def block(environment):
@@ -201,3 +204,18 @@ def test_the_papers_mix_is_described_whole():
         Asker(name, each, config.templates)  # its templates are there and can be read
         assert each.files is not None and each.files.folder.startswith("data/01_raw/")
         assert (each.role == "held_in") == ("train" in each.files.splits) or each.candidates == "answers", name
+
+
+@pytest.mark.skipif(not any(PACKAGES.glob("emoji-2*.whl")), reason="the packages are not there: make packages")
+def test_the_words_of_the_questions_are_in_the_vocabulary_of_the_default():
+    pretraining = yaml.safe_load((CONF / "base" / "parameters_med_pretraining.yml").read_text())["med_pretraining"]
+    values = block("base")
+    templates = [words for each in values["data_sets"].values() for words in each["templates"] if len(words) > 1]
+    asked = " ".join([*templates, *(words for each in values["templates"].values() for words in each), *KINDS.values()])
+    captions = " ".join(emoji.caption for emoji in emoji_table(PACKAGES).values())
+    known = {*words_of(captions), *words_of(pretraining["also_words"])}
+    assert set(words_of(re.sub(r"\{\w+\}", " ", asked))) <= known
+
+
+def words_of(text):
+    return re.findall(r"[a-z]+", text.lower())

@@ -46,6 +46,7 @@ class MedPretrainingConfig:
         max_tokens: of a caption.
         tokenizer: `package:<name>`, a folder, a file or a hub id of a WordPiece `tokenizer.json`.
         prune_vocabulary: leave out the word pieces that no training caption needs.
+        also_words: keep what these need too, such as the words of later questions.
         stem: `package:<name>` or a folder of frozen features in place of pixels; null for pixels.
         text: sizes; vocabulary and special ids are the tokenizer's.
         vision: mean and deviation are those of `image`.
@@ -56,6 +57,7 @@ class MedPretrainingConfig:
     optimizer: OptimizerConfig
     tokenizer: str | None = None
     prune_vocabulary: bool = True
+    also_words: str = ""
     stem: str | None = None
     image: ImageConfig = field(default_factory=ImageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -139,7 +141,8 @@ class _Parts:
             tokenizer, stem = its_tokenizer(origin, inputs["start"]), origin.stem
         else:
             tokenizer, kept_ids = fresh_tokenizer(
-                settings.tokenizer, pairs, settings.prune_vocabulary, packages, "med_pretraining.tokenizer"
+                *(settings.tokenizer, pairs, settings.prune_vocabulary, packages, "med_pretraining.tokenizer"),
+                also=settings.also_words,
             )
             stem = _stem(settings.stem, packages)
         text = settings.text.fit(tokenizer)

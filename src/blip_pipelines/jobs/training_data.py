@@ -90,7 +90,7 @@ def batches_of(
 
 
 def fresh_tokenizer(
-    source: str | None, pairs: Pairs, prune: bool, packages: Path | None, where: str
+    source: str | None, pairs: Pairs, prune: bool, packages: Path | None, where: str, also: str = ""
 ) -> tuple[CaptionTokenizer, np.ndarray]:
     """A BERT tokenizer, cut down to the training captions if wanted, and the ids of its words in the source.
 
@@ -98,6 +98,7 @@ def fresh_tokenizer(
         source: `package:<name>`, a folder, a file or a hub id of a WordPiece `tokenizer.json`.
         pairs: of all training captions, whatever their origin, so that jobs on parts of them share a vocabulary.
         where: name of the parameter.
+        also: further words to keep.
 
     Raises:
         ConfigError: there is no source.
@@ -107,7 +108,7 @@ def fresh_tokenizer(
     texts: Iterable[str] | None = None
     if prune:
         captions = pairs.select(split="train")
-        texts = captions.captions(np.arange(len(captions)))
+        texts = [*captions.captions(np.arange(len(captions))), also]
     return prune_vocabulary(_tokenizer_json(source, packages), texts)
 
 
