@@ -1,4 +1,4 @@
-"""`python -m benchmarks [med_step] [loader] [capfilt]`: run the named benchmarks, or all, and keep their results."""
+"""`python -m benchmarks [NAME ...]`: run the named benchmarks, or all, and keep their results."""
 
 import argparse
 import importlib
@@ -9,7 +9,7 @@ import torch
 
 from blip_pipelines.jobs.torchrun import environment
 
-NAMES = ("med_step", "loader", "capfilt")
+NAMES = ("med_step", "loader", "capfilt", "stage2_step")
 
 
 def main() -> None:
