@@ -1,5 +1,8 @@
 """The evaluation of a Q-Former against the stock class, and the maps of where its queries look."""
 
+import base64
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +12,15 @@ import pytest
 import torch
 from blip2_job_samples import export_stage1
 from evaluation_samples import CONFIG, write_scene
+from PIL import Image
 
 from blip_pipelines.data.loader import DecodedPixels
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.data.transforms import ImageConfig
-from blip_pipelines.evaluation.attention import last_layer, most_different, outside
-from blip_pipelines.evaluation.evidence import read_captions, read_queries
+from blip_pipelines.evaluation.attention import attention, last_layer, most_different, outside, overlay
+from blip_pipelines.evaluation.evidence import Evidence, read_captions, read_queries
+from blip_pipelines.evaluation.page import tag
 from blip_pipelines.evaluation.predictions import ATTENTION
 from blip_pipelines.jobs import evaluate_blip2_stage1
 from blip_pipelines.training.distributed import World
@@ -94,3 +99,41 @@ def test_shown_queries_are_the_sharpest_and_those_that_differ_most_from_it() -> 
 
 def test_tokens_before_the_grid_are_counted() -> None:
     assert [outside(tokens) for tokens in (17, 257, 256, 261)] == [1, 1, 0, 5]
+
+
+def evidence_of(inputs: dict[str, Path], predictions: dict[str, Path]) -> Evidence:
+    return Evidence(
+        stages={},
+        metrics={},
+        pairs=inputs["pairs"],
+        images=inputs["images"],
+        quarantine=Path("nowhere"),
+        history={},
+        predictions=predictions,
+        credits=(),
+        registered=(),
+    )
+
+
+def test_the_report_draws_maps_beside_the_caption(done: tuple[dict[str, Any], Path], inputs: dict[str, Path]) -> None:
+    shown = attention(evidence_of(inputs, {"blip2_stage1": done[1]}))
+    rows = pq.read_table(done[1] / ATTENTION).to_pylist()
+    said = {(row["subset"], row["key"]): row for row in read_captions(done[1])}
+    for row in rows:
+        caption = said[row["subset"], row["key"]]
+        assert tag("b", caption["generated"]) in shown
+        assert caption["references"][0] in shown
+    # Of each picture itself, and it under its mask for all queries together and for four of them.
+    assert shown.count("<img") == len(rows) * (1 + 2 * (1 + 4))
+    assert "(no picture)" not in shown
+    assert "No attention maps yet" in attention(evidence_of(inputs, {}))
+
+
+def test_a_map_leaves_bright_what_is_looked_at(inputs: dict[str, Path]) -> None:
+    weights_N = np.array([0.5, 0.4, 0.05, 0.05, 0.0])  # of a class token and four cells
+    markup = overlay(evidence_of(inputs, {}).pictures, "unknown", weights_N)
+    (source,) = re.findall(r'src="data:image/webp;base64,([^"]+)"', markup)
+    with Image.open(io.BytesIO(base64.b64decode(source))) as mask:
+        alpha = np.asarray(mask.convert("RGBA").getchannel("A"))
+    side = len(alpha) - 1
+    assert alpha[0, 0] < 10 < alpha[0, side] < alpha[side, side]

@@ -37,10 +37,10 @@ def attention(evidence: Evidence) -> Html:
             together = overlay(evidence.pictures, row["key"], weights_QN.mean(0))
             words = [tag("b", caption["generated"]), tag("p", "; ".join(caption["references"]))] if caption else ""
             whole = f"{weights_QN[:, : outside(weights_QN.shape[1])].sum(1).mean():.0%}"
-            lines.append([evidence.pictures.show(row["key"]), together, tag("div", maps, class_="maps"), whole, words])
+            lines.append([evidence.pictures.show(row["key"]), words, together, tag("div", maps, class_="maps"), whole])
         if lines:
-            heads = ["", "all queries", f"the {SHOWN} that differ most", "on no place", "caption, and its reference"]
-            parts += [tag("h3", stage), table(heads, lines)]
+            heads = ["", "caption, and its reference", "all queries", f"the {SHOWN} that differ most", "on no place"]
+            parts += [tag("h3", stage), table(heads, lines, texts=4)]
     if not parts:
         return note("No attention maps yet: the evaluation of a Q-Former writes them.")
     reading = (
