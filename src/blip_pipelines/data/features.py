@@ -227,7 +227,8 @@ def _read_shard(
     """Keys of the images of a shard, in its order, and of each view their pixels, (B, 3, S, S) uint8."""
     reader, number = shards.ShardReader(images), int(Path(shard.name).stem)
     with reader.open(number) as file:
-        places = _places(images, number) if reader.is_in_place(number) else _walk(file)
+        is_foreign = reader.is_in_place(number) and index_path(images, number).exists()
+        places = _places(images, number) if is_foreign else _walk(file)
         for start in range(0, len(places), batch_images):
             contents = [os.pread(file.fileno(), size, at) for at, size in places[start : start + batch_images]]
             keys = [storage.sha256(content) for content in contents]

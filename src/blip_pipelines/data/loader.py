@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from blip_pipelines.data.features import FeatureCache
 from blip_pipelines.data.images import decode
 from blip_pipelines.data.order import Order, draw
 from blip_pipelines.data.pairs import Pairs
+from blip_pipelines.data.prefetch import Prefetch
 from blip_pipelines.data.records import Refused
 from blip_pipelines.data.storage import StorageError
 from blip_pipelines.data.tables import ImageRows
@@ -153,10 +155,19 @@ class StepLoader:
         steps: where the stream ends.
         start_step: where it begins; equals skipping that many steps.
         workers: processes that prepare steps ahead; 0 prepares them here, when asked.
+        prefetch: of the shards on S3 that the steps read.
     """
 
-    def __init__(self, by_step: "Dataset[Any]", steps: int, start_step: int, workers: int):
+    def __init__(
+        self,
+        by_step: "Dataset[Any]",
+        steps: int,
+        start_step: int,
+        workers: int,
+        prefetch: Prefetch | None = None,
+    ):
         self.by_step, self.steps, self.start_step, self.workers = by_step, steps, start_step, workers
+        self.prefetch = prefetch
 
     def __len__(self) -> int:
         return max(self.steps - self.start_step, 0)
@@ -180,10 +191,14 @@ class StepLoader:
             generator=torch.Generator(),  # drawing from the global one would change what follows a resume
             **ahead,
         )
-        for batches in loader:
-            if isinstance(batches, DataError):
-                raise batches
-            yield batches
+        steps = iter(loader)  # forks, which is done before there are further threads
+        with self.prefetch or nullcontext():
+            for step, batches in enumerate(steps, start=self.start_step):
+                if isinstance(batches, DataError):
+                    raise batches
+                if self.prefetch is not None:
+                    self.prefetch.advance(step + 1)
+                yield batches
 
 
 class Loader(StepLoader):
@@ -220,7 +235,10 @@ class Loader(StepLoader):
             raise ConfigError("the order is of another view than the pairs; make it with Order(pairs.shard_rows, ...)")
         pairs.preload()
         by_step = _Steps(pairs, order, read_images, tokenizer, max_tokens, batch_samples_global, micro, part, prompt)
-        super().__init__(by_step, steps, start_step, workers)
+        prefetch = None
+        if isinstance(read_images, DecodedPixels) and pairs.remote_shards:
+            prefetch = Prefetch(pairs, order, batch_samples_global, start_step, steps)
+        super().__init__(by_step, steps, start_step, workers, prefetch)
 
 
 def share_of(batch_samples_global: int, accumulation: int, rank: int, ranks: int) -> tuple[int, slice]:

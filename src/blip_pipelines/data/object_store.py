@@ -91,10 +91,9 @@ class Listed(NamedTuple):
 
 @dataclass
 class _Connection:
-    """A client of this process: a forked child must not talk over its parent's sockets."""
+    """A client, made when it is first wanted."""
 
     client: Any = None
-    process: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -102,7 +101,9 @@ class ObjectStore:
     """Objects by url `s3://bucket/key`. Safe for threads and forks; pickles as its configuration."""
 
     def __init__(self, config: ObjectStoreConfig):
-        self.config, self._connection = config, _Connection()
+        self.config = config
+        # A forked child must neither talk over its parent's sockets nor wait for a lock that a thread there held.
+        self._of_process: dict[int, _Connection] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ObjectStore, (self.config,)
@@ -388,11 +389,14 @@ class ObjectStore:
         time.sleep(longest * (0.5 + random.random() / 2))  # not all at once
 
     def _client(self) -> Any:
-        connection = self._connection
-        with connection.lock:
-            if connection.client is None or connection.process != os.getpid():
-                connection.client, connection.process = _connect(self.config), os.getpid()
-            return connection.client
+        with self._connection.lock:
+            if self._connection.client is None:
+                self._connection.client = _connect(self.config)
+            return self._connection.client
+
+    @property
+    def _connection(self) -> _Connection:
+        return self._of_process.setdefault(os.getpid(), _Connection())
 
 
 def split_url(url: str) -> tuple[str, str]:

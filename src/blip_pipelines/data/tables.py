@@ -154,6 +154,25 @@ class ImageRows:
         at = self._rows[row]
         return self._table.reader.read(int(shard[at]), int(offset[at]), int(size[at]))
 
+    @cached_property
+    def remote_shards(self) -> dict[int, int]:
+        """Bytes of each image shard that lies on S3, by number; it is read through a cache of `cache_bytes`."""
+        reader = self._table.reader
+        return {} if reader is None else {int(Path(name).stem): s.bytes for name, s in reader.remote.items()}
+
+    @property
+    def cache_bytes(self) -> int:
+        return 0 if self._table.reader is None else self._table.reader.cache_bytes
+
+    def shards_of(self, rows: np.ndarray) -> np.ndarray:
+        """(rows,) number of the image shard that each of some rows of this view lies in."""
+        return self._table.places[0][self._rows[rows]]
+
+    def fetch(self, shard: int) -> None:
+        """Bring an image shard that lies on S3 into the cache. Raises StorageError."""
+        if self._table.reader is not None:
+            self._table.reader.fetch(shard)
+
     def preload(self) -> None:
         """Read what training needs now, so that forked workers share it instead of reading it each."""
         self._table.column(self.TEXT)
