@@ -61,6 +61,14 @@ class Project:
             training={"steps": 2, "batch_samples_global": 8, "precision": "float32"},
             launch={"mode": "inline"},
         )
+        self.edit(
+            "blip2_stage2",
+            language={"source": "scratch", "scratch": {"width": 16, "layers": 1, "heads": 2, "ffn_width": 16}},
+            prompting={"prompt": "{image}", "projection": "scaled"},
+            warm_start={"steps": 2, "batch_samples_global": 8},
+            training={"steps": 2, "batch_samples_global": 8, "precision": "float32"},
+            launch={"mode": "inline"},
+        )
         self.edit("evaluation", subsets=["all"], bootstrap_draws=100)
 
     def photo(self, number: int) -> Path:

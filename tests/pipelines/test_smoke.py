@@ -12,7 +12,7 @@ from blip_pipelines.tracking.runs import Store
 PACKAGES = ROOT / "data" / "01_raw" / "packages"
 SMOKE = ("kedro", "run", "--env", "smoke")
 STAGES = (
-    *("ingestion", "med_pretraining", "capfilt", "med_bootstrapped", "blip2_stage1"),
+    *("ingestion", "med_pretraining", "capfilt", "med_bootstrapped", "blip2_stage1", "blip2_stage2"),
     *("instructions", "evaluation", "release"),
 )
 
@@ -57,10 +57,14 @@ def test_whole_chain_leaves_models_predictions_page_and_numbers(project):
         "med_pretraining/cider/concept",
         "blip2_stage1/i2t_r5/image",
         "blip2_stage1/cider/combo",
+        "blip2_stage2/cider/combo",
+        "blip2_stage2/bleu4_nucleus/image",
     } <= summary.keys()
     assert "<html" in (reporting / "report.html").read_text("utf-8").lower()
     assert (project.data / "06_models" / "med_pretraining" / "captioning" / "model.safetensors").exists()
     assert (project.data / "06_models" / "blip2_stage1" / "retrieval" / "model.safetensors").exists()
+    assert (project.data / "06_models" / "blip2_stage2" / "generation" / "model.safetensors").exists()
+    assert (project.data / "07_model_output" / "blip2_stage2" / "predictions_captions.parquet").exists()
     assert (project.data / "07_model_output" / "med_pretraining" / "predictions_retrieval.parquet").exists()
     assert (project.data / "07_model_output" / "blip2_stage1" / "attention.parquet").exists()
     assert not [path for path in (project.data / ".work").iterdir() if path.is_dir() and path.name != "index"]
@@ -99,6 +103,6 @@ def test_registered_models_are_asked_by_alias(project, runs):
 
     store, _ = runs
     mlflow.set_tracking_uri(store.uri)
-    for name in ("blip-captioner", "blip-retriever", "blip-filter"):
+    for name in ("blip-captioner", "blip-retriever", "blip-filter", "blip2"):
         model = mlflow.pyfunc.load_model(f"models:/{name}@candidate")
         assert len(model.predict(pd.DataFrame(model.input_example))) == 1
