@@ -1,6 +1,7 @@
 """Small instruction batches and a tiny model that reads them, for tests of several rooms."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from blip_pipelines.data.instruction_loader import InstructionBatch
 from blip_pipelines.data.instruction_tokens import InstructionTokens, TokenLimits
 from blip_pipelines.data.tokens import prune_vocabulary
 from blip_pipelines.models.blip2 import Blip2, Blip2Config
+from blip_pipelines.models.blip2_exports import export_blip2, load_blip2
 from blip_pipelines.models.qformer import QFormer
 from blip_pipelines.objectives.instruct import InstructConfig, InstructionTuning
 
@@ -117,3 +119,14 @@ def write_published(folder, kind, name):
     else:
         transformers.Blip2Processor(image, spoken_tokenizer(), 4).save_pretrained(folder)
     return stock
+
+
+def export_tuned(stage2: Path, folder: Path, prompt: str = "picture : {image} {instruction} it is") -> Path:
+    """A model after stage 2 made to read instructions, and moved; returns the folder."""
+    start = load_blip2(stage2)
+    assert start.model is not None
+    start.model.instruct(prompt, False, True)
+    with torch.no_grad():
+        start.former.query_tokens.add_(1)
+    export_blip2(start.former, folder, start.tower, start.tokenizer, start.image, model=start.model)
+    return folder

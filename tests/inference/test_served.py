@@ -9,14 +9,18 @@ import torch
 from blip2_job_samples import export_stage1, export_stage2
 from data_samples import picture
 from inference_samples import export_tiny_med, random_stem
+from instruct_samples import export_tuned
 from mlflow.exceptions import MlflowException
 
 from blip_pipelines.data.images import decode
+from blip_pipelines.data.storage import StorageError
 from blip_pipelines.data.transforms import to_pixels
+from blip_pipelines.inference.answering import AnswerConfig, Answerer
 from blip_pipelines.inference.generation import GenerationConfig
 from blip_pipelines.inference.language_decoder import write_captions
 from blip_pipelines.inference.served import SERVED, Captioner, Retriever
 from blip_pipelines.inference.served_blip2 import Blip2Captioner
+from blip_pipelines.inference.served_instructblip import Instructed
 from blip_pipelines.models.blip2_exports import load_blip2
 from blip_pipelines.models.exports import load_med
 
@@ -185,17 +189,66 @@ def test_a_model_behind_a_frozen_stem_is_served_from_its_folder_alone(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def logged(folder, blip2_folder, tmp_path_factory):
+def tuned_folder(blip2_folder):
+    return export_tuned(blip2_folder, blip2_folder.with_name("tuned"))
+
+
+@pytest.fixture(scope="module")
+def instructed(tuned_folder):
+    return loaded(Instructed(), tuned_folder)
+
+
+ASKED = pd.DataFrame(
+    {
+        "image": [text(PICTURES[0]), text(PICTURES[1]), text(PICTURES[0])],
+        "instruction": ["what is this ?", "is it a dog ?", "is it a dog ?"],
+        "candidates": [None, ["a dog", "the house", "it"], ["a dog", "it"]],
+    }
+)
+
+
+def test_an_instruction_is_answered_in_words_or_by_one_of_the_candidates(instructed, tuned_folder):
+    found = instructed.predict(None, ASKED, {"max_tokens": 4})
+    answerer = Answerer(load_blip2(tuned_folder).model, instructed.tokens, AnswerConfig(1, 1, 4, 1.0, 1.0))
+    pixels = torch.from_numpy(np.stack([to_pixels(decode(PICTURES[row], limits=None), 8) for row in (0, 1, 0)]))
+    candidates = ASKED["candidates"].tolist()
+    expected = answerer.answer(pixels[:, None], ASKED["instruction"].tolist(), candidates)
+    assert found["answer"].tolist() == [answer.text for answer in expected]
+    assert found["scores"][0] is None
+    for row in (1, 2):
+        assert found["answer"][row] == candidates[row][int(np.argmax(found["scores"][row]))]
+        np.testing.assert_allclose(found["scores"][row], expected[row].scores, atol=1e-4)
+    long = instructed.predict(None, ASKED, {"max_tokens": 9, "num_beams": 3})["answer"][0]
+    assert len(long.split()) > len(found["answer"][0].split())
+
+
+def test_what_instructblip_cannot_be_asked_is_refused_by_row(instructed, blip2_folder):
+    for change, message in (
+        ({"instruction": ["a", " ", "a"]}, "row 1, instruction: missing"),
+        ({"candidates": [None, [], None]}, "row 1, candidates: 0 of them"),
+        ({"image": ["?", "?", "?"]}, "row 0, image: not valid base64"),
+    ):
+        with pytest.raises(MlflowException, match=message):
+            instructed.predict(None, ASKED.assign(**change))
+    for settings, message in (({"num_beams": 99}, "num_beams: 99"), ({"max_tokens": 0}, "max_tokens: 0")):
+        with pytest.raises(MlflowException, match=message):
+            instructed.predict(None, ASKED, settings)
+    with pytest.raises(StorageError, match="not tuned on instructions"):
+        loaded(Instructed(), blip2_folder)
+
+
+@pytest.fixture(scope="module")
+def logged(folder, blip2_folder, tuned_folder, tmp_path_factory):
     """The models as MLflow stores them, without a tracking server."""
     import mlflow
 
-    places = {}
+    places, folders = {}, {"blip2": blip2_folder, "instructblip": tuned_folder}
     for name, how in SERVED.items():
         places[name] = tmp_path_factory.mktemp("served") / name
         mlflow.pyfunc.save_model(
             places[name],
             python_model=str(how.code),
-            artifacts={"model": str(blip2_folder if name == "blip2" else folder)},
+            artifacts={"model": str(folders.get(name, folder))},
             signature=how.signature(),
             input_example=how.example(),
             pip_requirements=how.requirements(),
@@ -230,13 +283,19 @@ def test_requests_in_json_are_answered_as_the_scoring_server_does(logged):
             "params": {"max_tokens": 8},
         },
         "blip-retriever": {"dataframe_records": [{"image": text(PICTURES[0]), "texts": ["a dog", "a red house"]}]},
+        "instructblip": {
+            "dataframe_records": [
+                {"image": text(PICTURES[0]), "instruction": "what is it ?", "candidates": ["a", "it"]}
+            ]
+        },
     }
+    answers = {"blip-retriever": "match_probabilities", "instructblip": "scores"}
     for name, request in requests.items():
         client = TestClient(init(mlflow.pyfunc.load_model(str(logged[name]))))
         answer = client.post("/invocations", json=request)
         assert answer.status_code == 200, answer.text
         (row,) = answer.json()["predictions"]
-        assert isinstance(row["caption"], str) if name != "blip-retriever" else len(row["match_probabilities"]) == 2
-        refused = client.post("/invocations", json={"dataframe_records": [{"image": "?"}]})
+        assert isinstance(row["caption"], str) if name not in answers else len(row[answers[name]]) == 2
+        refused = client.post("/invocations", json={"dataframe_records": [{"image": "?", "instruction": "a"}]})
         assert refused.status_code == 400
         assert "row 0, image" in json.dumps(refused.json())

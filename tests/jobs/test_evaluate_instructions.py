@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from blip2_job_samples import export_stage1, export_stage2
+from instruct_samples import export_tuned
 from instruction_samples import letters, write, write_labels
 
 from blip_pipelines.config import ConfigError
@@ -20,7 +21,7 @@ from blip_pipelines.evaluation.answers import PREDICTIONS
 from blip_pipelines.inference.answering import AnswerConfig, Answerer
 from blip_pipelines.jobs import evaluate_instructions
 from blip_pipelines.jobs.instruction_answers import drawn_rows
-from blip_pipelines.models.blip2_exports import export_blip2, load_blip2
+from blip_pipelines.models.blip2_exports import load_blip2
 from blip_pipelines.training.distributed import World
 
 ASK: dict[str, Any] = {
@@ -49,14 +50,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     data_sets = {"letters": letters(), "said": said, "kept_out": kept_out}
     stage1 = export_stage1(folder)
     stage2 = export_stage2(stage1, folder / "stage2")
-    tuned = load_blip2(stage2)
-    assert tuned.model is not None
-    tuned.model.instruct(ASK["prompting"]["prompt"], False, True)
-    with torch.no_grad():
-        tuned.former.query_tokens.add_(1)
-    export_blip2(tuned.former, folder / "tuned", tuned.tower, tuned.tokenizer, tuned.image, model=tuned.model)
+    tuned = export_tuned(stage2, folder / "tuned", ASK["prompting"]["prompt"])
     table = write(folder, data_sets, labels, pairs, images)
-    return {"instructions": table, "images": images, "stage1": stage1, "stage2": stage2, "tuned": folder / "tuned"}
+    return {"instructions": table, "images": images, "stage1": stage1, "stage2": stage2, "tuned": tuned}
 
 
 def ask(root: Path, data: dict[str, Path], model: str = "tuned", **changed: Any) -> tuple[dict[str, Any], Path]:

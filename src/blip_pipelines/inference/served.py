@@ -1,10 +1,10 @@
 """The models people are served: MLflow "models from code" over an exported folder.
 
-`blip-captioner` writes a caption for an image, `blip2` does through a language model (`served_blip2`). `blip-retriever`
-embeds images and texts in one space, and scores candidate texts for an image by ITC and ITM. MLflow stores the folder
-and a file of two lines that makes the model; the code itself comes from the installed package. Images arrive as base64
-text (a data URI may stand before it) or as bytes, and are untrusted: what cannot be decoded is refused by row and
-reason.
+`blip-captioner` writes a caption for an image, `blip2` does through a language model (`served_blip2`); `instructblip`
+answers what it is asked about one (`served_instructblip`). `blip-retriever` embeds images and texts in one space, and
+scores candidate texts for an image by ITC and ITM. MLflow stores the folder and a file of two lines that makes the
+model; the code itself comes from the installed package. Images arrive as base64 text (a data URI may stand before it)
+or as bytes, and are untrusted: what cannot be decoded is refused by row and reason.
 """
 
 import base64
@@ -36,7 +36,20 @@ from blip_pipelines.inference import scoring
 from blip_pipelines.inference.generation import Captions, GenerationConfig, generate
 from blip_pipelines.models.exports import load_med
 
-__all__ = ["SERVED", "CaptionWriter", "Captioner", "Retriever", "Served", "read_pixels", "set_model"]
+__all__ = [
+    "SERVED",
+    "CaptionWriter",
+    "Captioner",
+    "Retriever",
+    "Served",
+    "batches_of",
+    "column_of",
+    "defaults_of",
+    "image_bytes",
+    "read_pixels",
+    "refuse",
+    "set_model",
+]
 
 BATCH_IMAGES = 64
 MAX_TEXT_TOKENS = 64
@@ -75,7 +88,7 @@ class CaptionWriter(PythonModel):
     """
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        settings = {**_defaults(CAPTIONER_PARAMETERS), **(params or {})}
+        settings = {**defaults_of(CAPTIONER_PARAMETERS), **(params or {})}
         seed = settings.pop("seed")
         if settings["num_beams"] > MAX_BEAMS:
             raise MlflowException.invalid_parameter_value(f"num_beams: {settings['num_beams']} is over {MAX_BEAMS}")
@@ -83,11 +96,11 @@ class CaptionWriter(PythonModel):
             config = GenerationConfig(beams=settings.pop("num_beams"), **settings)
         except ConfigError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-        contents = [_bytes(image, row) for row, image in enumerate(_column(model_input, "image", required=True))]
-        prompts = np.array([prompt or "" for prompt in _column(model_input, "prompt")], dtype=object)
+        contents = [image_bytes(image, row) for row, image in enumerate(column_of(model_input, "image", required=True))]
+        prompts = np.array([prompt or "" for prompt in column_of(model_input, "prompt")], dtype=object)
         written: dict[str, Any] = {"caption": [""] * len(contents), "log_probability": [0.0] * len(contents)}
         for prompt in sorted(set(prompts)):
-            for rows in _batches(np.flatnonzero(prompts == prompt)):
+            for rows in batches_of(np.flatnonzero(prompts == prompt)):
                 chosen = [contents[row] for row in rows]
                 for row, text, gain in zip(rows, *self._write(chosen, rows, config, prompt, seed), strict=True):
                     written["caption"][row], written["log_probability"][row] = text, gain
@@ -146,9 +159,9 @@ class Retriever(_MedModel):
     """
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        images, texts, candidates = (_column(model_input, name) for name in ("image", "text", "texts"))
+        images, texts, candidates = (column_of(model_input, name) for name in ("image", "text", "texts"))
         answers = []
-        for rows in _batches(np.arange(len(model_input))):
+        for rows in batches_of(np.arange(len(model_input))):
             answers += self._answer(
                 rows, [images[row] for row in rows], [texts[row] for row in rows], [candidates[row] for row in rows]
             )
@@ -158,8 +171,8 @@ class Retriever(_MedModel):
         seen = [at for at, image in enumerate(images) if image is not None]
         for at, row in enumerate(rows):
             if images[at] is None and (texts[at] is None or candidates[at] is not None):
-                raise _refuse(row, "image", "missing; give an image, a text, or an image with candidate texts")
-        contents = [_bytes(images[at], rows[at]) for at in seen]
+                raise refuse(row, "image", "missing; give an image, a text, or an image with candidate texts")
+        contents = [image_bytes(images[at], rows[at]) for at in seen]
         answers: list[dict[str, Any]] = [dict.fromkeys(RETRIEVER_OUTPUTS) for _ in rows]
         asked = [(at, text) for at, text in enumerate(texts) if text is not None]
         pairs = [(at, text) for at in seen if candidates[at] is not None for text in candidates[at]]
@@ -200,6 +213,16 @@ CAPTIONER_PARAMETERS = ParamSchema(
         ParamSpec("seed", DataType.long, 0),
     ]
 )
+INSTRUCTED_PARAMETERS = ParamSchema(
+    [
+        ParamSpec("num_beams", DataType.long, 1),
+        ParamSpec("min_tokens", DataType.long, 1),
+        ParamSpec("max_tokens", DataType.long, 30),
+        ParamSpec("length_penalty", DataType.double, 1.0),
+        ParamSpec("repetition_penalty", DataType.double, 1.0),
+        ParamSpec("per_token", DataType.boolean, False),
+    ]
+)
 RETRIEVER_OUTPUTS = ["image_embedding", "text_embedding", "similarities", "match_probabilities"]
 
 
@@ -215,6 +238,17 @@ class Served:
     def requirements() -> list[str]:
         """Pins of what serving imports; the package itself is installed from its source."""
         return [f"{name}=={metadata.version(name).split('+')[0]}" for name in REQUIREMENTS]
+
+
+def _instructed_signature() -> ModelSignature:
+    inputs = Schema(
+        [
+            *(ColSpec(DataType.string, name) for name in ("image", "instruction")),
+            ColSpec(Array(DataType.string), "candidates", required=False),
+        ]
+    )
+    outputs = Schema([ColSpec(DataType.string, "answer"), ColSpec(Array(DataType.double), "scores", required=False)])
+    return ModelSignature(inputs, outputs, INSTRUCTED_PARAMETERS)
 
 
 def _captioner_signature() -> ModelSignature:
@@ -235,7 +269,7 @@ def _retriever_signature() -> ModelSignature:
     return ModelSignature(inputs, outputs)
 
 
-def _example_image() -> str:
+def example_image() -> str:
     file = io.BytesIO()
     Image.new("RGB", (32, 32), (200, 60, 40)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -245,15 +279,20 @@ SERVED = {
     "blip-captioner": Served(
         Path(__file__).with_name("serve_captioner.py"),
         _captioner_signature,
-        lambda: pd.DataFrame({"image": [_example_image()]}),
+        lambda: pd.DataFrame({"image": [example_image()]}),
     ),
     "blip-retriever": Served(
         Path(__file__).with_name("serve_retriever.py"),
         _retriever_signature,
-        lambda: pd.DataFrame({"image": [_example_image()], "texts": [["a red square", "a dog"]]}),
+        lambda: pd.DataFrame({"image": [example_image()], "texts": [["a red square", "a dog"]]}),
     ),
 }
 SERVED["blip2"] = replace(SERVED["blip-captioner"], code=Path(__file__).with_name("serve_blip2.py"))
+SERVED["instructblip"] = Served(
+    Path(__file__).with_name("serve_instructblip.py"),
+    _instructed_signature,
+    lambda: pd.DataFrame({"image": [example_image()], "instruction": ["Is it red?"], "candidates": [["yes", "no"]]}),
+)
 SERVED["blip-filter"] = SERVED["blip-retriever"]  # asked in the same way; its match probabilities are what it is for
 
 
@@ -269,11 +308,11 @@ def read_pixels(contents: Sequence[bytes], rows: Sequence[int], size: int) -> Te
         try:
             pixels[at] = to_pixels(decode(content, limits=limits), size)
         except Refused as error:
-            raise _refuse(row, "image", f"{error.reason}: {error}") from error
+            raise refuse(row, "image", f"{error.reason}: {error}") from error
     return torch.from_numpy(pixels)
 
 
-def _column(table: pd.DataFrame, name: str, required: bool = False) -> list[Any]:
+def column_of(table: pd.DataFrame, name: str, required: bool = False) -> list[Any]:
     """Values of a column, None where there is none."""
     if name not in table:
         if required:
@@ -282,27 +321,27 @@ def _column(table: pd.DataFrame, name: str, required: bool = False) -> list[Any]
     return [None if np.isscalar(value) and pd.isna(value) else value for value in table[name]]
 
 
-def _bytes(image: Any, row: int) -> bytes:
+def image_bytes(image: Any, row: int) -> bytes:
     """The encoded file behind base64 text or bytes."""
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if not isinstance(image, str):
-        raise _refuse(row, "image", f"expected base64 text or bytes, found {type(image).__name__}")
+        raise refuse(row, "image", f"expected base64 text or bytes, found {type(image).__name__}")
     text = image.partition(",")[2] if image.startswith("data:") else image
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _refuse(row, "image", f"not valid base64 ({error}); send the encoded file as base64 text") from error
+        raise refuse(row, "image", f"not valid base64 ({error}); send the encoded file as base64 text") from error
 
 
-def _refuse(row: int, column: str, reason: str) -> MlflowException:
+def refuse(row: int, column: str, reason: str) -> MlflowException:
     return MlflowException.invalid_parameter_value(f"row {row}, {column}: {reason}")
 
 
-def _batches(rows: np.ndarray) -> Iterator[list[int]]:
+def batches_of(rows: np.ndarray) -> Iterator[list[int]]:
     for start in range(0, len(rows), BATCH_IMAGES):
         yield rows[start : start + BATCH_IMAGES].tolist()
 
 
-def _defaults(schema: ParamSchema) -> dict[str, Any]:
+def defaults_of(schema: ParamSchema) -> dict[str, Any]:
     return {spec.name: spec.default for spec in schema.params}
