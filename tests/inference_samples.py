@@ -8,6 +8,7 @@ from data_samples import WORDS, tokenizer_json
 from model_samples import tiny_config
 
 from blip_pipelines.data.tokens import prune_vocabulary
+from blip_pipelines.jobs import score_pairs
 from blip_pipelines.models.exports import export_med
 from blip_pipelines.models.med import Med
 from blip_pipelines.models.stem import Stem, convolutions
@@ -35,3 +36,11 @@ def random_stem() -> Stem:
         weights[f"{layer.name}.weight"] = torch.randn(layer.shape, generator=generator) * (2 / fan_in) ** 0.5
         weights[f"{layer.name}.bias"] = torch.zeros(layer.shape[0])
     return Stem(weights)
+
+
+def score_on_ranks(world, config: dict, inputs: dict[str, Path], work: Path) -> dict:
+    """`score_pairs` as the worker runs it, for `on_ranks`."""
+    if world.is_first:
+        (work / "out").mkdir(parents=True, exist_ok=True)
+    world.barrier()
+    return score_pairs.run(config, inputs, work, world)

@@ -71,6 +71,25 @@ def load(store: runs.Store, name: str, version: str) -> Any:
         return mlflow.pyfunc.load_model(f"models:/{name}/{version}")
 
 
+def folder_of(store: runs.Store, version: Any) -> Path:
+    """The folder in which MLflow keeps a version, on this machine; fetched where the store is a server."""
+    import mlflow
+
+    mlflow.set_tracking_uri(store.uri)
+    return Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
+
+
+def open_model(folder: Path) -> tuple[Any, list[str], list[str]]:
+    """The served model of such a folder, and the names of its input and output columns."""
+    import mlflow
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = mlflow.pyfunc.load_model(str(folder))
+    schema = model.metadata.signature
+    return model.unwrap_python_model(), schema.inputs.input_names(), schema.outputs.input_names()
+
+
 def exported(model: Any) -> Path:
     """The exported folder that a loaded model was made of."""
     return Path(model.unwrap_python_model().folder)
