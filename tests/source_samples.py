@@ -112,7 +112,7 @@ def write_judged_data(folder: Path, rows: list[dict], images: dict[str, Image.Im
         for row in rows
     ]
     write_pairs(folder / "pairs", [pa.Table.from_pylist(full, PAIR_SCHEMA)], "no images")
-    (folder / "images").mkdir()
+    (folder / "images").mkdir(parents=True)
     index = [{"key": key, **fingerprint(image)} for key, image in images.items()]
     pq.write_table(pa.Table.from_pylist(index, INDEX_SCHEMA), index_path(folder / "images", 0))
     return folder / "pairs", folder / "images"

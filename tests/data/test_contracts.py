@@ -96,6 +96,8 @@ def test_what_only_warns_is_returned_and_logged(tmp_path, caplog):
         "aspect": 1,
         "near_duplicates": 1,
         "near_duplicates_across_splits": 1,
+        "file_name_share": 1,
+        "narrow_share": 1,
     }
     assert results["caption_language"].first_rows == ({"key": KEYS[1], "caption": "une maison et un chat"},)
     pair = results["near_duplicates"].first_rows[0]

@@ -1,8 +1,10 @@
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from source_samples import scene, write_judged_data
 
-from blip_pipelines.data import quality
+from blip_pipelines.data import near_duplicates
+from blip_pipelines.data.pairs import write_pairs
 from blip_pipelines.data.quality import fingerprint, summarise
 
 
@@ -37,23 +39,47 @@ def test_the_buckets_miss_no_pair_that_comparing_all_with_all_finds():
         hashes = np.append(
             hashes, hashes[random.integers(300)] ^ np.bitwise_or.reduce(np.uint64(1) << flips.astype(np.uint64))
         )
-    thumbnails = np.zeros((len(hashes), 192), np.uint8)
     bits = np.bitwise_count(hashes[:, None] ^ hashes[None, :])
-    expected = {(i, j) for i, j in np.argwhere(bits <= quality.NEAR_BITS) if i < j}
-    assert {(one, other) for one, other, _, _ in quality._similar(hashes, thumbnails)} == expected
+    expected = {(i, j) for i, j in np.argwhere(bits <= near_duplicates.NEAR_BITS) if i < j}
+    colours, brightness = np.zeros((len(hashes), 12), np.uint8), np.zeros(len(hashes))
+    found = near_duplicates.candidates(hashes, colours, brightness)
+    assert {(one, other) for one, other in found.tolist()} == expected
     assert len(expected) > 100
 
 
 def test_thousands_of_equal_hashes_are_not_compared_all_with_all(monkeypatch):
     count, compared = 3_000, []
-    compare = quality._colour_difference
+    compare = near_duplicates._bits
     monkeypatch.setattr(
-        quality, "_colour_difference", lambda t, pairs: compared.append(len(pairs)) or compare(t, pairs)
+        near_duplicates, "_bits", lambda h, one, other: compared.append(len(one)) or compare(h, one, other)
     )
-    thumbnails = np.random.Generator(np.random.Philox(1)).integers(0, 256, (count, 192), dtype=np.uint8)
-    assert list(quality._similar(np.zeros(count, np.uint64), thumbnails)) == []
+    colours = np.random.Generator(np.random.Philox(1)).integers(0, 256, (count, 12), dtype=np.uint8)
+    found = near_duplicates.candidates(np.zeros(count, np.uint64), colours, colours.mean(1))
+    assert len(found) == 0
     # 15 pairs of bands, 32 neighbours each; a tenth of all pairs of all bands
     assert 0 < sum(compared) <= 15 * 32 * count < 15 * count**2 / 2 / 10
+
+
+def test_colours_of_quadrants_never_rule_out_what_the_thumbnails_would_accept():
+    random = np.random.Generator(np.random.Philox(2))
+    one = random.integers(0, 256, (500, 192), dtype=np.uint8)
+    other = np.clip(one + random.integers(-4, 5, one.shape), 0, 255).astype(np.uint8)
+    both = np.concatenate([one, other])
+    pairs = np.stack([np.arange(500), np.arange(500, 1000)], axis=1)
+    whole = near_duplicates._colour_difference(both, pairs)
+    coarse = near_duplicates._colour_difference(near_duplicates.quadrants_of(both), pairs)
+    assert (coarse <= whole + near_duplicates._ROUNDING).all() and (coarse < whole).mean() > 0.9
+
+
+def test_a_summary_over_shards_is_that_of_one_shard(tmp_path):
+    rows = [_row(f"{n % 90}", f"text {n % 40}", "train" if n % 7 else "val") for n in range(300)]
+    images = {f"{n}": scene(n % 80) for n in range(90)}
+    one = summarise(*write_judged_data(tmp_path / "one", rows, images))
+    pairs, folder = write_judged_data(tmp_path / "many", rows, images)
+    table = pq.read_table(pairs / "00000.parquet")
+    write_pairs(pairs, [table.slice(start, 50) for start in range(0, 300, 50)], "no images")
+    assert summarise(pairs, folder) == one
+    assert one["near_duplicates"].num_rows == 10
 
 
 def test_repeats_and_images_in_two_splits_are_counted_worst_first(tmp_path):
@@ -73,11 +99,12 @@ def test_repeats_and_images_in_two_splits_are_counted_worst_first(tmp_path):
     assert [row["key"] for row in tables["evaluation_in_training"].to_pylist()] == ["d"]
     counts = {"rows": 7, "missing_rows": 0, "train_rows": 4, "val_rows": 1, "test_rows": 2}
     assert tables["data_set"].to_pylist() == [counts]
+    assert tables["shares"].to_pylist() == [{"foreign": 0, "file_name": 0, "one_word": 4 / 7, "narrow": 0}]
 
 
 @pytest.mark.parametrize("size", [(64, 48), (500, 500), (640, 90)])
 def test_a_smaller_decoding_gives_nearly_the_same_fingerprint(size):
     image = scene(3).resize(size)
     one, other = fingerprint(image), fingerprint(image.reduce(2) if min(size) > 128 else image)
-    assert (one["dhash"] ^ other["dhash"]).bit_count() <= quality.NEAR_BITS
+    assert (one["dhash"] ^ other["dhash"]).bit_count() <= near_duplicates.NEAR_BITS
     assert len(one["thumbnail"]) == 192

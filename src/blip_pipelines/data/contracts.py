@@ -1,7 +1,7 @@
 """What a data set promises, as Great Expectations suites in code, with Data Docs for people.
 
-Rules over rows run shard by shard and rules over the whole set on the small tables of `quality`, so memory stays flat.
-Every rule has a severity: `error` stops the pipeline, `warn` is reported, `off` is not looked at. Whether a text is
+Rules over rows run a few shards at a time and rules over the whole set on the small tables of `quality`, so memory
+stays flat. Every rule has a severity: `error` stops the pipeline, `warn` is reported, `off` is not looked at. Whether a text is
 good is not for a contract: file names and foreign languages only warn, judging them is CapFilt's work.
 
 Great Expectations takes seconds to import and is known to this module alone, inside its functions.
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data import data_docs, storage
+from blip_pipelines.data.quality import FILE_NAME, NOT_ENGLISH
 from blip_pipelines.data.records import PAIR_SCHEMA
 from blip_pipelines.data.storage import MANIFEST
 
@@ -55,22 +56,19 @@ RULES: dict[str, Severity] = {
     "evaluation_absent_from_training": "error",
     "near_duplicates": "warn",
     "near_duplicates_across_splits": "warn",
+    "foreign_share": "warn",
+    "file_name_share": "warn",
+    "one_word_share": "warn",
+    "narrow_share": "warn",
     # Of a CapFilt round:
     "keep_rate": "error",
     "length_shift": "warn",
     "vocabulary_shift": "warn",
 }
 _FIRST_ROWS = 5
+_ROWS_AT_ONCE = 100_000
 _NAMING = ("key", "caption", "other_caption")  # columns that name a row to a person
 _RUN_TIME = datetime(2000, 1, 1, tzinfo=UTC)  # a site is of one run; a moment in its paths would only make them differ
-_FILE_NAME = (
-    r"(?i)^(?:(?:img|dsc|dscn|image|photo|picture|scan|screenshot|untitled)[ _-]?\d+|.*\.(?:jpe?g|png|gif|webp)$)"
-)
-# Words and letters that English texts do not have: a hint, hence a warning.
-_NOT_ENGLISH = (
-    r"(?<![\w-])(?i:und|mit|der|das|ein|eine|et|avec|le|les|des|du|une|con|del|della|di|una|uma|com|da|do|para|por|y)"
-    r"(?![\w-])|[\u00c0-\u024f\u0370-\u1fff\u3040-\uffef]"
-)
 
 
 class ContractError(ValueError):
@@ -88,6 +86,10 @@ class ContractsConfig:
     max_aspect: float = 5.0
     max_captions_per_image: int = 100
     max_images_per_caption: int = 100
+    max_foreign_share: float = 0.25
+    max_file_name_share: float = 0.25
+    max_one_word_share: float = 0.9
+    max_narrow_share: float = 0.1
     min_keep_rate: float = 0.02
     max_length_shift: float = 0.5
     max_vocabulary_shift: float = 0.5
@@ -176,7 +178,7 @@ def _validate(
         suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=[each for _, each in wanted]))
         batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe(name)
         definition = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
-        for part, frame in _shards(pairs) if name == "pairs" else [(name, tables[name].to_pandas())]:
+        for part, frame in _parts(pairs) if name == "pairs" else [(name, tables[name].to_pandas())]:
             validated = definition.run(
                 batch_parameters={"dataframe": frame},
                 run_id=RunIdentifier(run_name=part, run_time=_RUN_TIME),
@@ -191,12 +193,20 @@ def _validate(
     return found
 
 
-def _shards(pairs: Path) -> Iterator[tuple[str, "pd.DataFrame"]]:
-    for shard in storage.read_json(pairs / MANIFEST)["shards"]:
-        frame = pq.read_table(pairs / shard["name"]).to_pandas()
-        if {"width", "height"} <= set(frame):
-            frame["aspect"] = frame[["width", "height"]].max(axis=1) / frame[["width", "height"]].min(axis=1)
-        yield f"shard {Path(shard['name']).stem}", frame
+def _parts(pairs: Path) -> Iterator[tuple[str, "pd.DataFrame"]]:
+    """Neighbouring shards together, as long as they are few rows: each part is a page of the docs and a second."""
+    names: list[str] = []
+    rows = 0
+    shards = storage.read_json(pairs / MANIFEST)["shards"]
+    for number, shard in enumerate(shards):
+        names, rows = [*names, shard["name"]], rows + shard["rows"]
+        if rows >= _ROWS_AT_ONCE or number == len(shards) - 1:
+            frame = pa.concat_tables(pq.read_table(pairs / name) for name in names).to_pandas()
+            if {"width", "height"} <= set(frame):
+                frame["aspect"] = frame[["width", "height"]].max(axis=1) / frame[["width", "height"]].min(axis=1)
+            ends = dict.fromkeys(Path(name).stem for name in (names[0], names[-1]))
+            yield f"shards {' to '.join(ends)}", frame
+            names, rows = [], 0
 
 
 def _row_rules(config: ContractsConfig) -> list[tuple[str, Any]]:
@@ -215,8 +225,8 @@ def _row_rules(config: ContractsConfig) -> list[tuple[str, Any]]:
         ("caption_length", gxe.ExpectColumnValuesToNotBeNull(column="caption")),
         ("caption_length", gxe.ExpectColumnValueLengthsToBeBetween(column="caption", min_value=1, max_value=length)),
         ("caption_characters", gxe.ExpectColumnValuesToNotMatchRegex(column="caption", regex=odd_characters)),
-        ("caption_file_name", gxe.ExpectColumnValuesToNotMatchRegex(column="caption", regex=_FILE_NAME)),
-        ("caption_language", gxe.ExpectColumnValuesToNotMatchRegex(column="caption", regex=_NOT_ENGLISH)),
+        ("caption_file_name", gxe.ExpectColumnValuesToNotMatchRegex(column="caption", regex=FILE_NAME)),
+        ("caption_language", gxe.ExpectColumnValuesToNotMatchRegex(column="caption", regex=NOT_ENGLISH)),
         ("origin", gxe.ExpectColumnValuesToBeInSet(column="origin", value_set=["human", "web", "synthetic"])),
         ("split", gxe.ExpectColumnValuesToBeInSet(column="split", value_set=["train", "val", "test"])),
         ("subset", gxe.ExpectColumnValuesToBeNull(column="subset", **training)),
@@ -254,6 +264,12 @@ def _set_rules(config: ContractsConfig) -> dict[str, list[tuple[str, Any]]]:
         "near_duplicates": [
             ("near_duplicates", gxe.ExpectColumnValuesToBeNull(column="other_key")),
             ("near_duplicates_across_splits", at_most("splits", 1)),
+        ],
+        "shares": [
+            ("foreign_share", at_most("foreign", config.max_foreign_share)),
+            ("file_name_share", at_most("file_name", config.max_file_name_share)),
+            ("one_word_share", at_most("one_word", config.max_one_word_share)),
+            ("narrow_share", at_most("narrow", config.max_narrow_share)),
         ],
         "round": [
             ("keep_rate", at_least("web_keep_rate", config.min_keep_rate)),

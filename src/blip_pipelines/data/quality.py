@@ -1,12 +1,10 @@
-"""What can be said of a data set as a whole, in small tables: repeats, near duplicates, images in two splits.
+"""What can be said of a data set as a whole, in small tables: repeats, near duplicates, images in two splits, shares.
 
-Each table holds the worst rows alone, so that contracts over millions of rows judge a thousand. Near duplicates are
-found by difference hash in buckets, not by comparing all with all, and confirmed on colour: two pictures whose
-outlines agree may be a red and a blue heart.
+Each table holds the worst rows alone, so that contracts over millions of rows judge a thousand. A row costs memory for
+four numbers (of its image, text, split and relatives); texts and keys are read again for the worst.
 """
 
-from collections.abc import Iterator
-from itertools import combinations
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from blip_pipelines.data import storage
+from blip_pipelines.data.near_duplicates import find_alike, id_of
 from blip_pipelines.data.storage import MANIFEST
 
 _CAPTION = pa.struct({"text": pa.string(), "origin": pa.string(), "language": pa.string()})
@@ -41,11 +40,17 @@ INDEX_SCHEMA = pa.schema(
 ENOUGH_PIXELS = (64, 64)  # an image no smaller than this gives the fingerprint that the whole one would
 WORST_ROWS = 1000
 
-_BANDS = 6  # hashes that differ in at most 4 bits agree in 2 of 6 bands
-NEAR_BITS = _BANDS - 2
-_NEAR_COLOUR = 2.0  # mean absolute difference of 8-bit channels
-_NEIGHBOURS = 32  # compared in a bucket: bounds the work where thousands share a hash, at the cost of some pairs there
-_AT_ONCE = 65_536  # pairs whose colours are compared in one go
+FILE_NAME = (
+    r"(?i)^(?:(?:img|dsc|dscn|image|photo|picture|scan|screenshot|untitled)[ _-]?\d+|.*\.(?:jpe?g|png|gif|webp)$)"
+)
+# Words and letters that English texts do not have: a hint, hence a warning.
+NOT_ENGLISH = (
+    r"(?<![\w-])(?i:und|mit|der|das|ein|eine|et|avec|le|les|des|du|une|con|del|della|di|una|uma|com|da|do|para|por|y)"
+    r"(?![\w-])|[\u00c0-\u024f\u0370-\u1fff\u3040-\uffef]"
+)
+_SPLITS = ("train", "val", "test")
+_TRAIN = np.uint8(1)  # bit of the first split
+_NARROW = 3.0  # longer side by shorter side
 
 
 def fingerprint(image: Image.Image) -> dict[str, Any]:
@@ -74,75 +79,148 @@ def summarise(pairs: Path, images: Path) -> dict[str, pa.Table]:
             that are declared relatives are no duplicates
         evaluation_in_training: key, caption, splits of images that are in train and in val or test
         data_set: one row: rows, missing_rows (against the manifest), train_rows, val_rows, test_rows
+        shares: one row: of captions that are foreign, file_name, one_word; of rows whose image is narrow
     """
     manifest = storage.read_json(pairs / MANIFEST)
-    columns = ["key", "caption", "split", "related_key"]
-    rows = pa.concat_tables(pq.read_table(pairs / shard["name"], columns=columns) for shard in manifest["shards"])
-    rows = rows.append_column("text", pc.utf8_lower(rows["caption"]))
-    by_image = rows.group_by("key").aggregate(
-        [
-            ("caption", "count"),
-            ("caption", "min"),
-            ("split", "count_distinct"),
-            ("split", "min"),
-            ("related_key", "min"),
-        ]
-    )
-    by_text = rows.group_by("text").aggregate([("key", "count_distinct"), ("key", "min"), ("caption", "min")])
-    training = rows.filter(pc.equal(rows["split"], "train"))["key"]
-    in_two = by_image.filter(pc.greater(by_image["split_count_distinct"], 1))
-    leaked = in_two.filter(pc.is_in(in_two["key"], value_set=training.combine_chunks()))
-    counts = {entry["values"]: entry["counts"] for entry in rows["split"].value_counts().to_pylist()}
+    paths = [pairs / shard["name"] for shard in manifest["shards"]]
+    rows = _read_rows(paths)
+    ids, starts, counts = np.unique(rows["key"], return_index=True, return_counts=True)
+    by_image = np.argsort(rows["key"], kind="stable")
+    ends = np.cumsum(counts) - counts
+    in_splits = np.bitwise_or.reduceat(rows["split"][by_image], ends) if len(ids) else np.empty(0, np.uint8)
+    splits, relatives = np.bitwise_count(in_splits), rows["related_key"][starts]
+    texts, of_text = _images_per_text(rows["text"], rows["key"])
+    leaked = (splits > 1) & (in_splits & _TRAIN > 0)
+    alike = _unrelated(sorted(images.glob("*.parquet")), ids, in_splits, relatives)
+
+    per_image, per_text = _worst(counts), _worst(of_text)
+    by_split, by_leak = _worst(splits), np.flatnonzero(leaked)[_worst(splits[leaked])]
+    named = np.unique(np.concatenate([ids[per_image], ids[by_split], ids[by_leak], alike["ids"].ravel()]))
+    names = _names(paths, named, np.sort(texts[per_text]))
+    sums = rows["split"]
     return {
-        "captions_per_image": _worst(by_image, key="key", caption="caption_min", captions="caption_count"),
-        "images_per_caption": _worst(by_text, key="key_min", caption="caption_min", images="key_count_distinct"),
-        "splits_per_image": _worst(by_image, key="key", caption="caption_min", splits="split_count_distinct"),
-        "evaluation_in_training": _worst(leaked, key="key", caption="caption_min", splits="split_count_distinct"),
-        "near_duplicates": _near_duplicates(by_image, images),
+        "captions_per_image": _table(names.of_images(ids[per_image]), captions=counts[per_image]),
+        "images_per_caption": _table(names.of_texts(texts[per_text]), images=of_text[per_text]),
+        "splits_per_image": _table(names.of_images(ids[by_split]), splits=splits[by_split]),
+        "evaluation_in_training": _table(names.of_images(ids[by_leak]), splits=splits[by_leak]),
+        "near_duplicates": _pairs_table(alike, names),
         "data_set": pa.table(
             {
-                "rows": [rows.num_rows],
-                "missing_rows": [manifest["rows"] - rows.num_rows],
-                **{f"{split}_rows": [counts.get(split, 0)] for split in ("train", "val", "test")},
+                "rows": [len(sums)],
+                "missing_rows": [manifest["rows"] - len(sums)],
+                **{f"{name}_rows": [int((sums == 1 << bit).sum())] for bit, name in enumerate(_SPLITS)},
             }
         ),
+        "shares": pa.table({name: [total / max(len(sums), 1)] for name, total in rows["totals"].items()}),
     }
 
 
-def _worst(table: pa.Table, **columns: str) -> pa.Table:
-    """Chosen columns under new names, the rows with most of the last of them."""
-    chosen = table.select(list(columns.values())).rename_columns(list(columns))
-    measure = list(columns)[-1]
-    return chosen.sort_by([(measure, "descending"), ("key", "ascending")]).slice(0, WORST_ROWS)
+def _read_rows(paths: list[Path]) -> dict[str, Any]:
+    """Of all rows: ids of key, text and related_key, (rows,) uint64; a bit for the split; and totals for the shares."""
+    parts: list[dict[str, np.ndarray]] = []
+    totals = {"foreign": 0, "file_name": 0, "one_word": 0, "narrow": 0}
+    is_foreign, is_file_name = re.compile(NOT_ENGLISH).search, re.compile(FILE_NAME).search
+    bit_of = {name: 1 << bit for bit, name in enumerate(_SPLITS)}
+    for path in paths:
+        table = pq.read_table(path, columns=["key", "caption", "split", "related_key", "width", "height"])
+        splits = table["split"].combine_chunks().dictionary_encode()
+        bits = np.array([bit_of.get(name, 128) for name in splits.dictionary.to_pylist()], np.uint8)
+        parts.append(
+            {
+                "key": id_of(table["key"]),
+                "text": id_of(pc.utf8_lower(table["caption"])),
+                "related_key": id_of(table["related_key"]),
+                "split": bits[splits.indices.to_numpy(zero_copy_only=False)] if len(bits) else np.empty(0, np.uint8),
+            }
+        )
+        captions = table["caption"].to_pylist()
+        totals["foreign"] += sum(is_foreign(caption) is not None for caption in captions)
+        totals["file_name"] += sum(is_file_name(caption) is not None for caption in captions)
+        totals["one_word"] += sum(" " not in caption for caption in captions)
+        sides = np.stack([table["width"].to_numpy(), table["height"].to_numpy()])
+        totals["narrow"] += int((sides.max(0) > _NARROW * sides.min(0)).sum())
+    empty = {"key": np.uint64, "text": np.uint64, "related_key": np.uint64, "split": np.uint8}
+    columns = {name: np.concatenate([np.empty(0, kind), *(p[name] for p in parts)]) for name, kind in empty.items()}
+    return {**columns, "totals": totals}
 
 
-def _near_duplicates(by_image: pa.Table, images: Path) -> pa.Table:
-    """Pairs of distinct images that look alike and are no relatives, those in two splits first."""
-    paths = (path for path in sorted(images.glob("*.parquet")))
-    columns = ["key", "dhash", "thumbnail"]
-    index = pa.concat_tables(
-        [INDEX_SCHEMA.empty_table().select(columns), *(pq.read_table(p, columns=columns) for p in paths)]
-    )
-    index = index.group_by("key", use_threads=False).aggregate([("dhash", "first"), ("thumbnail", "first")])
-    table = by_image.join(index, "key", join_type="inner").sort_by("key")
-    hashes = table["dhash_first"].to_numpy()
-    thumbnails = np.frombuffer(b"".join(table["thumbnail_first"].to_pylist()), np.uint8).reshape(-1, 192)
-    keys, captions = table["key"].to_pylist(), table["caption_min"].to_pylist()
-    relatives, in_split = table["related_key_min"].to_pylist(), table["split_min"].to_pylist()
-    found = [
-        {
-            "key": keys[one],
-            "caption": captions[one],
-            "other_key": keys[other],
-            "other_caption": captions[other],
-            "splits": len({in_split[one], in_split[other]}),
-            "bits": bits,
-            "colour": colour,
-        }
-        for one, other, bits, colour in _similar(hashes, thumbnails)
-        if relatives[one] is None or relatives[one] != relatives[other]
-    ]
-    found.sort(key=lambda row: (-row["splits"], row["colour"], row["key"], row["other_key"]))
+def _images_per_text(texts: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(texts,) distinct ids, and how many distinct images each has."""
+    order = np.lexsort((keys, texts))
+    texts, keys = texts[order], keys[order]
+    is_new_text = np.concatenate([[True], texts[1:] != texts[:-1]])[: len(texts)]
+    is_new_pair = is_new_text | np.concatenate([[True], keys[1:] != keys[:-1]])[: len(texts)]
+    starts = np.flatnonzero(is_new_text)
+    counts = np.add.reduceat(is_new_pair.astype(np.int64), starts) if len(starts) else np.empty(0, np.int64)
+    return texts[starts], counts
+
+
+def _worst(measure: np.ndarray) -> np.ndarray:
+    return np.argsort(-measure.astype(np.int64), kind="stable")[:WORST_ROWS]
+
+
+def _unrelated(
+    indexes: list[Path], ids: np.ndarray, in_splits: np.ndarray, relatives: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The worst pairs of images that look alike and are no relatives: those in two splits first, then the closest."""
+    found = find_alike(indexes, ids)
+    place = np.searchsorted(ids, found.ids)
+    one, other = relatives[place].T if len(place) else (np.empty(0, np.uint64),) * 2
+    splits = np.bitwise_count(in_splits[place[:, 0]] | in_splits[place[:, 1]]).astype(np.int64)
+    unrelated = np.flatnonzero((one == 0) | (one != other))
+    chosen = unrelated[np.lexsort((found.colour[unrelated], -splits[unrelated]))][:WORST_ROWS]
+    about = {"ids": found.ids, "splits": splits, "bits": found.bits, "colour": found.colour}
+    return {name: column[chosen] for name, column in about.items()}
+
+
+class _Names:
+    """Keys and captions behind ids."""
+
+    def __init__(self) -> None:
+        self.images: dict[int, tuple[str, str]] = {}
+        self.texts: dict[int, tuple[str, str]] = {}
+
+    def of_images(self, ids: np.ndarray) -> list[tuple[str, str]]:
+        return [self.images[number] for number in ids.tolist()]
+
+    def of_texts(self, ids: np.ndarray) -> list[tuple[str, str]]:
+        return [self.texts[number] for number in ids.tolist()]
+
+
+def _names(paths: list[Path], images: np.ndarray, texts: np.ndarray) -> _Names:
+    """(key, caption), the least of each, of some images and some texts."""
+    names = _Names()
+    for path in paths:
+        table = pq.read_table(path, columns=["key", "caption"])
+        for ids, wanted, found in (
+            (id_of(table["key"]), images, names.images),
+            (id_of(pc.utf8_lower(table["caption"])), texts, names.texts),
+        ):
+            rows = np.flatnonzero(np.isin(ids, wanted))
+            chosen = table.take(pa.array(rows))
+            keys, captions = chosen["key"].to_pylist(), chosen["caption"].to_pylist()
+            for number, key, caption in zip(ids[rows].tolist(), keys, captions, strict=True):
+                least = found.get(number, (key, caption))
+                found[number] = min(least[0], key), min(least[1], caption)
+    return names
+
+
+def _table(names: list[tuple[str, str]], **measure: np.ndarray) -> pa.Table:
+    ((name, values),) = measure.items()
+    keys, captions = zip(*names, strict=True) if names else ((), ())
+    columns = {"key": pa.array(keys, pa.string()), "caption": pa.array(captions, pa.string())}
+    table = pa.table({**columns, name: pa.array(values.astype(np.int64))})
+    return table.sort_by([(name, "descending"), ("key", "ascending")])
+
+
+def _pairs_table(alike: dict[str, np.ndarray], names: _Names) -> pa.Table:
+    rows = []
+    measures = (alike[name].tolist() for name in ("splits", "bits", "colour"))
+    for ids, splits, bits, colour in zip(alike["ids"], *measures, strict=True):
+        (key, caption), (other_key, other_caption) = sorted(names.of_images(ids))
+        pair = {"key": key, "caption": caption, "other_key": other_key, "other_caption": other_caption}
+        rows.append({**pair, "splits": splits, "bits": bits, "colour": colour})
+    rows.sort(key=lambda row: (-row["splits"], row["colour"], row["key"], row["other_key"]))
     schema = pa.schema(
         [
             *((name, pa.string()) for name in ("key", "caption", "other_key", "other_caption")),
@@ -150,36 +228,4 @@ def _near_duplicates(by_image: pa.Table, images: Path) -> pa.Table:
             ("colour", pa.float64()),
         ]
     )
-    return pa.Table.from_pylist(found[:WORST_ROWS], schema)
-
-
-def _similar(hashes: np.ndarray, thumbnails: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
-    """(row, other row, differing bits, colour difference) of pairs whose hashes and colours both agree, ascending."""
-    if len(hashes) < 2:
-        return
-    brightness = thumbnails.mean(axis=1)
-    bits = np.unpackbits(hashes.astype(">u8").view(np.uint8).reshape(-1, 8), axis=1)
-    # A band takes every sixth bit, so that a white margin, a row of zeros, thins all of them instead of filling one.
-    band_of = np.arange(64) % _BANDS
-    found: list[np.ndarray] = []
-    for bands in combinations(range(_BANDS), 2):
-        in_bands = bits[:, np.isin(band_of, bands)].astype(np.uint32)
-        buckets = in_bands @ (np.uint32(1) << np.arange(in_bands.shape[1], dtype=np.uint32))
-        order = np.lexsort((brightness, buckets))
-        for step in range(1, min(_NEIGHBOURS, len(order) - 1) + 1):
-            one, other = order[:-step], order[step:]
-            near = (buckets[one] == buckets[other]) & (np.bitwise_count(hashes[one] ^ hashes[other]) <= NEAR_BITS)
-            pairs = np.sort(np.stack([one[near], other[near]], axis=1), axis=1)
-            found.append(pairs[_colour_difference(thumbnails, pairs) <= _NEAR_COLOUR])
-    pairs = np.unique(np.concatenate(found), axis=0)
-    for (one, other), colour in zip(pairs.tolist(), _colour_difference(thumbnails, pairs).tolist(), strict=True):
-        yield one, other, int(np.bitwise_count(hashes[one] ^ hashes[other])), round(colour, 3)
-
-
-def _colour_difference(thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """(pairs,) mean absolute difference of the 8-bit channels of two thumbnails."""
-    difference = np.empty(len(pairs))
-    for start in range(0, len(pairs), _AT_ONCE):
-        one, other = pairs[start : start + _AT_ONCE].T
-        difference[start : start + _AT_ONCE] = np.abs(thumbnails[one].astype(np.int16) - thumbnails[other]).mean(axis=1)
-    return difference
+    return pa.Table.from_pylist(rows, schema)
