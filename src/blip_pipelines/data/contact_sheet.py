@@ -14,9 +14,9 @@ SIDE, TEXT, MARGIN, COLUMNS = 96, 46, 8, 8
 LETTERS, LINES = 18, 4
 
 
-def contact_sheet(pairs: Path, images: Path, count: int = 32) -> bytes:
-    """A PNG of `count` training rows, spread evenly over the table; equal data give equal bytes."""
-    table = Pairs.open(pairs, images).select(split="train")
+def contact_sheet(pairs: Path, images: Path, count: int = 32, split: str = "train") -> bytes:
+    """A PNG of `count` rows of a split, spread evenly over the table; equal data give equal bytes."""
+    table = Pairs.open(pairs, images).select(split=split)
     rows = np.unique(np.linspace(0, max(len(table) - 1, 0), min(count, len(table))).round().astype(np.int64))
     sheet = Image.new(
         "RGB", (COLUMNS * (SIDE + MARGIN) + MARGIN, -(-len(rows) // COLUMNS) * (SIDE + TEXT) + MARGIN), "white"
