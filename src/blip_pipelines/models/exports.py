@@ -30,7 +30,7 @@ from transformers.utils import logging
 from blip_pipelines.config import read
 from blip_pipelines.data.storage import StorageError, read_json, sha256_file, write_json
 from blip_pipelines.data.tokens import CaptionTokenizer
-from blip_pipelines.models.med import Med, MedConfig
+from blip_pipelines.models.med import Decoding, Med, MedConfig
 from blip_pipelines.models.stem import FEATURES, STRIDE, Stem
 
 STOCK: dict[str, type[PreTrainedModel]] = {
@@ -63,7 +63,7 @@ class ExportedMed:
 
 
 def export_med(
-    med: Med,
+    med: Decoding,
     folder: Path,
     tokenizer: CaptionTokenizer | None,
     image: Mapping[str, Any],
@@ -76,6 +76,7 @@ def export_med(
     """Write the folder.
 
     Args:
+        med: a `Med`, or what grew out of one and has all modules of the wanted kinds under their stock names.
         image: values of `data.transforms.ImageConfig`; "size" must be what the model (or its stem) reads.
         kinds: names in `STOCK`.
 
@@ -173,7 +174,7 @@ def stock_config(config: MedConfig, label_smoothing: float = 0.0) -> BlipConfig:
     )
 
 
-def _save_stock(med: Med, kind: str, folder: Path, label_smoothing: float) -> None:
+def _save_stock(med: Decoding, kind: str, folder: Path, label_smoothing: float) -> None:
     config = stock_config(med.config, label_smoothing)
     if kind == "question_answering" and med.config.vision.width != med.config.text.width:
         raise ExportError(

@@ -103,11 +103,33 @@ class KeysValues:
 
 
 class Source(NamedTuple):
-    """Keys and values of B images, (B, H, S, d), for the next `texts` texts (all if None): a run of texts per image."""
+    """Keys and values of B images, (B, H, S, d), for the next `texts` texts (all if None): a run of texts per image.
+
+    `visible`, (B, 1, 1, S) bool, hides padding where the sources are texts; None hides nothing.
+    """
 
     key: Tensor
     value: Tensor
     texts: int | None = None
+    visible: Tensor | None = None
+
+
+class TextKeysValues(KeysValues):
+    """Texts as cross-attention sees them, in the place of images.
+
+    Args:
+        mask_BS: bool, True where there is a token.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], mask_BS: Tensor):
+        super().__init__(layers)
+        self.mask_BS = mask_BS
+
+    def select(self, index: Tensor) -> "TextKeysValues":
+        return TextKeysValues(KeysValues(self.layers).select(index).layers, self.mask_BS[index])
+
+    def sources(self, layer: int) -> list[Source]:
+        return [Source(*self.layers[layer], visible=self.mask_BS[:, None, None])]
 
 
 class MatchedImages:
@@ -142,7 +164,44 @@ class Cache(KeysValues):
         return self.layers[layer]
 
 
-class Med(nn.Module):
+class Decoding(nn.Module):
+    """A text decoder that looks at keys and values: what writing texts needs of a model."""
+
+    config: MedConfig
+    text_decoder: "TextDecoder"
+
+    def decode_hidden(
+        self, token_ids_BT: Tensor, token_mask_BS: Tensor | None, image: KeysValues, cache: Cache | None = None
+    ) -> Tensor:
+        """(B, T, D) decoder states, of no meaning where there is padding; puts [DEC] at position 0 itself.
+
+        Args:
+            image: a row for each text, or for each run of as many texts, such as the beams of an image.
+            token_mask_BS: bool, of the cached tokens and these; None if all of them are words.
+            cache: of the tokens before these; this call adds these.
+        """
+        past = cache.length if cache else 0
+        if past == 0:
+            token_ids_BT = with_first(token_ids_BT, self.config.text.dec_id)
+        tokens = token_ids_BT.shape[1]
+        visible = torch.ones(tokens, past + tokens, dtype=torch.bool, device=token_ids_BT.device).tril(past)
+        if token_mask_BS is not None:
+            visible = visible & token_mask_BS[:, None, None]
+        rows = Rows.of(token_ids_BT, token_mask_BS if cache is None else None)
+        return rows.unpack(self.text_decoder.bert(token_ids_BT, rows, visible, image, cache=cache))
+
+    def lm_head(self, hidden_RD: Tensor) -> Tensor:
+        """(R, V) logits of any chosen decoder states; give it only the positions that have a target."""
+        return self.text_decoder.cls["predictions"](hidden_RD)
+
+    def decode_logits(
+        self, token_ids_BT: Tensor, token_mask_BS: Tensor | None, image: KeysValues, cache: Cache | None = None
+    ) -> Tensor:
+        """(B, T, V) logits of the next token at every position."""
+        return self.lm_head(self.decode_hidden(token_ids_BT, token_mask_BS, image, cache))
+
+
+class Med(Decoding):
     """The model of BLIP; what it returns is this rank's rows."""
 
     def __init__(self, config: MedConfig, seed: int = 0):
@@ -188,36 +247,6 @@ class Med(nn.Module):
         rows = Rows.of(token_ids_BT, token_mask_BT)
         first_BD = self.text_encoder(token_ids_BT, rows, token_mask_BT[:, None, None], image, first_only=True)
         return at_least_float32(self.itm_head(first_BD))
-
-    def decode_hidden(
-        self, token_ids_BT: Tensor, token_mask_BS: Tensor | None, image: KeysValues, cache: Cache | None = None
-    ) -> Tensor:
-        """(B, T, D) decoder states, of no meaning where there is padding; puts [DEC] at position 0 itself.
-
-        Args:
-            image: a row for each text, or for each run of as many texts, such as the beams of an image.
-            token_mask_BS: bool, of the cached tokens and these; None if all of them are words.
-            cache: of the tokens before these; this call adds these.
-        """
-        past = cache.length if cache else 0
-        if past == 0:
-            token_ids_BT = with_first(token_ids_BT, self.config.text.dec_id)
-        tokens = token_ids_BT.shape[1]
-        visible = torch.ones(tokens, past + tokens, dtype=torch.bool, device=token_ids_BT.device).tril(past)
-        if token_mask_BS is not None:
-            visible = visible & token_mask_BS[:, None, None]
-        rows = Rows.of(token_ids_BT, token_mask_BS if cache is None else None)
-        return rows.unpack(self.text_decoder.bert(token_ids_BT, rows, visible, image, cache=cache))
-
-    def lm_head(self, hidden_RD: Tensor) -> Tensor:
-        """(R, V) logits of any chosen decoder states; give it only the positions that have a target."""
-        return self.text_decoder.cls["predictions"](hidden_RD)
-
-    def decode_logits(
-        self, token_ids_BT: Tensor, token_mask_BS: Tensor | None, image: KeysValues, cache: Cache | None = None
-    ) -> Tensor:
-        """(B, T, V) logits of the next token at every position."""
-        return self.lm_head(self.decode_hidden(token_ids_BT, token_mask_BS, image, cache))
 
 
 def with_first(token_ids_BT: Tensor, token_id: int) -> Tensor:
@@ -358,12 +387,13 @@ class TextAttention(nn.Module):
 def attend_to(query_BHTd: Tensor, sources: list[Source], visible: Tensor | None, dropout_rate: float) -> Tensor:
     """(B, T, D) of texts that each read their source; those that share one are one longer row of queries."""
     mixed, start = [], 0
-    for key, value, texts in sources:
+    for key, value, texts, seen in sources:
         stop = len(query_BHTd) if texts is None else start + texts
         if start == stop:  # on some ranks no text is drawn to any image
             continue
         shared = query_BHTd[start:stop].unflatten(0, (len(key), -1)).transpose(1, 2)  # images, H, run, T, d
-        read = attend(shared.flatten(2, 3), key, value, visible, dropout_rate).unflatten(2, shared.shape[2:4])
+        read = attend(shared.flatten(2, 3), key, value, visible if seen is None else seen, dropout_rate)
+        read = read.unflatten(2, shared.shape[2:4])
         mixed.append(read.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1))
         start = stop
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
