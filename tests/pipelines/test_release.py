@@ -18,7 +18,7 @@ from blip_pipelines.pipelines.release.gating import gate
 from blip_pipelines.pipelines.release.nodes import register
 from blip_pipelines.pipelines.release.released import Released
 from blip_pipelines.tracking import champions, runs
-from blip_pipelines.tracking.registry import RegistryError, artifact, find
+from blip_pipelines.tracking.registry import RegistryError, artifact, find, folder_of
 from blip_pipelines.tracking.runs import Store
 
 NAME = "blip-captioner"
@@ -79,7 +79,7 @@ def scene(tmp_path, monkeypatch):
         run = store.start("release")
         runs.enter(run)
         try:
-            registered = register(RELEASE, evaluation, releases=(MODEL,), **inputs)
+            registered = register(RELEASE, evaluation, {"med": {"steps": 2}}, releases=(MODEL,), **inputs)
             found = gate(registered, RELEASE, evaluation, releases=(MODEL,), **inputs)
         finally:
             runs.enter(None)
@@ -120,6 +120,19 @@ def test_a_better_model_is_promoted_a_worse_one_refused_and_a_roll_back_restores
 def test_the_champion_itself_is_not_judged_again(scene):
     assert scene.release("first").decision["promoted"]
     assert scene.release("first").decision is None
+
+
+def test_a_registered_folder_has_a_card_of_facts(scene):
+    scene.release("first", 0.25)
+    version = find(scene.store, f"models:/{NAME}@champion")
+    card = (folder_of(scene.store, version) / "artifacts" / "model" / "README.md").read_text("utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    rows = read_json(scene.data["pairs"] / "manifest.json")["rows"]
+    assert f"- out of a table of {rows:,} rows" in card and "steps: 2" in card
+    assert f"- model: `{version.tags['model']}`" in card
+    (figures,) = [line for line in card.splitlines() if line.startswith("| cider |")]
+    assert float(figures.split("|")[2]) == pytest.approx(0.75, abs=0.2)
+    assert "Twemoji" in card and "Apache-2.0" in card
 
 
 def test_a_contaminated_training_set_is_refused_and_the_image_named(scene):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -45,7 +46,9 @@ def register_pipelines():
     )
     data = {name: name for name in (*MODEL.data_sets, "noise")}
     data |= {"parameters": "params:release", "evaluation": "params:evaluation"}
-    registered = Node(with_known(register, releases=(MODEL,)), data, "registered", name="register")
+    registered = Node(
+        with_known(register, releases=(MODEL,)), {**data, "settings": "parameters"}, "registered", name="register"
+    )
     more = {"registered": "registered", "pairs": "pairs", "images": "images"}
     judged = Node(with_known(gate, releases=(MODEL,)), {**data, **more}, "gate", name="gate")
     stages = {
@@ -94,7 +97,7 @@ def stages_of(project, version):
         store = Store(project.root / "mlruns", "blip")
         tags = store.client.get_model_version(NAME, version).tags
         file = store.client.download_artifacts(tags["run"], "lineage/lineage.json")
-    return tags, read_json(file)["stages"]
+    return tags, read_json(Path(file))["stages"]
 
 
 def test_each_version_names_the_data_and_the_parameters_that_made_it(project):

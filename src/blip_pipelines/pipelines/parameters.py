@@ -21,6 +21,7 @@ STAGES = (
     "blip2_stage1",
     "blip2_stage2",
     "instructions",
+    "instruct_tuning",
     "evaluation",
     "release",
 )
@@ -65,6 +66,14 @@ def blocks_of(stage: str) -> tuple[str, ...]:
     """The blocks that a stage reads, later ones laid over earlier ones; all rounds read those of the first."""
     block = first_round(stage)
     return (EXTENDS[block], block) if block in EXTENDS else (block,)
+
+
+def parameters_of(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `read_stage` reads, unchecked; an absent block is empty."""
+    found: dict[str, Any] = {}
+    for block in blocks_of(stage):
+        found = laid_over(found, values.get(block, {}))
+    return found
 
 
 def read_stage(stage: str, values: Mapping[str, Any]) -> Stage:

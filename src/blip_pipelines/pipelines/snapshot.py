@@ -10,7 +10,7 @@ from typing import Any
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 
-from blip_pipelines.pipelines.parameters import blocks_of, laid_over
+from blip_pipelines.pipelines.parameters import parameters_of
 
 
 def snapshot(pipelines: Mapping[str, Pipeline], catalog: DataCatalog, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def snapshot(pipelines: Mapping[str, Pipeline], catalog: DataCatalog, values: Ma
         stage: {
             "inputs": dict(_content(sorted(pipeline.inputs()), catalog, known)),
             "outputs": dict(_content(sorted(pipeline.all_outputs()), catalog, known)),
-            "parameters": _parameters(stage, values),
+            "parameters": parameters_of(stage, values),
             "jobs": list(_jobs(stage, pipeline, catalog)),
         }
         for stage, pipeline in pipelines.items()
@@ -43,13 +43,6 @@ def _content(
             known[name] = {"path": path.as_posix(), "sha256": content_hash(path)} if path and path.exists() else None
         if (found := known[name]) is not None:
             yield name, found
-
-
-def _parameters(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for block in blocks_of(stage):
-        found = laid_over(found, values.get(block, {}))
-    return found
 
 
 def _jobs(stage: str, pipeline: Pipeline, catalog: DataCatalog) -> Iterator[dict[str, Any]]:

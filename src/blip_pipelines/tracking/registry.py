@@ -30,6 +30,7 @@ def register_served(
     made_from: Mapping[str, str],
     metrics: Mapping[str, float],
     files: Mapping[str, Path] | None = None,
+    card: str = "",
 ) -> dict[str, Any]:
     """Register a model folder under `name` with the code that serves it, and point `alias` at that version.
 
@@ -37,6 +38,7 @@ def register_served(
         served: an `inference.served.Served`: code, signature, example, requirements.
         made_from: content hashes and the like; tags of the version. Versions of equal "model" are one.
         metrics: flat measures; on the version's page and in its description.
+        card: README.md of the folder, for people.
         files: kept as artifacts `<folder>/<file>` of the run, by folder; the version's tag `run` leads to them.
 
     Returns:
@@ -49,12 +51,12 @@ def register_served(
     if run is None:
         raise RegistryError(f"{name}: registering needs an MLflow run; use `kedro run --pipelines release`")
     client = run.store.client
-    version = _find(client, name, made_from["model"]) or _log(run, name, served, model, made_from)
+    version = _find(client, name, made_from["model"]) or _log(run, name, served, model, made_from, card)
     for folder, path in (files or {}).items():
         run.log_file(path, folder)
     for key, value in {**made_from, "run": run.id}.items():
         client.set_model_version_tag(name, version, key, value)
-    client.update_model_version(name, version, _card(made_from, metrics))
+    client.update_model_version(name, version, _description(made_from, metrics))
     client.set_registered_model_alias(name, alias, version)
     return {"name": name, "version": version, "alias": alias, "stage": made_from["stage"], "run": run.id}
 
@@ -145,13 +147,13 @@ def _find(client: Any, name: str, content: str) -> str | None:
     return None
 
 
-def _log(run: runs.Run, name: str, served: Any, model: Path, made_from: Mapping[str, str]) -> str:
+def _log(run: runs.Run, name: str, served: Any, model: Path, made_from: Mapping[str, str], card: str) -> str:
     import mlflow
     from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     mlflow.set_tracking_uri(run.store.uri)
-    with warnings.catch_warnings(), _without_checkpoint(model) as exports, mlflow.start_run(run_id=run.id):
+    with warnings.catch_warnings(), _without_checkpoint(model, card) as exports, mlflow.start_run(run_id=run.id):
         warnings.simplefilter("ignore")  # MLflow's own, about type hints and integer columns
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logged = mlflow.pyfunc.log_model(
@@ -168,15 +170,17 @@ def _log(run: runs.Run, name: str, served: Any, model: Path, made_from: Mapping[
 
 
 @contextmanager
-def _without_checkpoint(model: Path) -> Iterator[Path]:
-    """The folder less what only training reads, which is most of it."""
+def _without_checkpoint(model: Path, card: str) -> Iterator[Path]:
+    """The folder less what only training reads, which is most of it, and with its card."""
     with tempfile.TemporaryDirectory() as folder:
         exports = Path(folder) / "model"
         shutil.copytree(model, exports, ignore=shutil.ignore_patterns("checkpoint", "history.json", "receipt.json"))
+        if card:
+            (exports / "README.md").write_text(card, "utf-8")
         yield exports
 
 
-def _card(made_from: Mapping[str, str], metrics: Mapping[str, float]) -> str:
+def _description(made_from: Mapping[str, str], metrics: Mapping[str, float]) -> str:
     """What a person reads on the version's page."""
     lines = [f"- {key}: `{value}`" for key, value in made_from.items()]
     measured = [f"- {key}: {value:.4g}" for key, value in sorted(metrics.items())]

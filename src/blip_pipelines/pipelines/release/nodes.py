@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blip_pipelines.pipelines.parameters import Stage, read_block
+from blip_pipelines.pipelines.parameters import Stage, parameters_of, read_block
 from blip_pipelines.pipelines.release.released import Released
 from blip_pipelines.pipelines.work import WorkConfig
 
@@ -19,11 +19,17 @@ def read_parameters(block: dict[str, Any]) -> Stage:
 
 
 def register(
-    parameters: dict[str, Any], evaluation: dict[str, Any], *, releases: Sequence[Released], **data: Any
+    parameters: dict[str, Any],
+    evaluation: dict[str, Any],
+    settings: dict[str, Any],
+    *,
+    releases: Sequence[Released],
+    **data: Any,
 ) -> dict[str, Any]:
-    """Register every released model with the hashes of what made it and its scores sample by sample.
+    """Register every released model with the hashes of what made it, its scores sample by sample, and its card.
 
     Args:
+        settings: parameters of all stages, for the cards.
         evaluation: parameters of the stage that measured them.
         data: the data sets that `releases` names, and `noise`.
 
@@ -31,9 +37,12 @@ def register(
         `models`, a row each: name, version, alias, stage; and `seconds`. The same content is registered once.
     """
     started = time.monotonic()
-    from blip_pipelines.data.storage import content_hash
+    from blip_pipelines.data.sources.packages import WHEELS
+    from blip_pipelines.data.storage import MANIFEST, content_hash, read_json
+    from blip_pipelines.evaluation.model_card import model_card
     from blip_pipelines.evaluation.scores import write_scores
     from blip_pipelines.inference.served import SERVED
+    from blip_pipelines.jobs.receipt import RECEIPT
     from blip_pipelines.pipelines.release.gating import measures_of, recipe, scores_of_released
     from blip_pipelines.tracking.registry import register_served
 
@@ -48,6 +57,14 @@ def register(
             "code": record["code"],
             "recipe": recipe(released, evaluation),
         }
+        measures, receipt = measures_of(released, data), data[released.model] / RECEIPT
+        told = (
+            measures,
+            read_json(data[released.trained_on[0]] / MANIFEST),
+            read_json(receipt) if receipt.exists() else {},
+            parameters_of(released.stage, settings),
+            [wheel.credit for wheel in WHEELS.values() if wheel.credit],
+        )
         with tempfile.TemporaryDirectory() as folder:
             for name in released.names:
                 scores = Path(folder) / f"{name}.parquet"
@@ -59,8 +76,9 @@ def register(
                         data[released.model],
                         alias,
                         made_from,
-                        measures_of(released, data),
+                        measures,
                         {"scores": scores},
+                        model_card(name, made_from, *told),
                     )
                 )
     return {"models": models, "seconds": time.monotonic() - started}

@@ -31,7 +31,12 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
     }
     return Pipeline(
         [
-            Node(with_known(register, releases=released), of_models, "registered", name="register"),
+            Node(
+                with_known(register, releases=released),
+                {**of_models, "settings": "parameters"},
+                "registered",
+                name="register",
+            ),
             Node(
                 with_known(gate, releases=released),
                 {"registered": "registered", **of_models, "pairs": "pairs", "images": "images"},
