@@ -35,3 +35,18 @@ def test_the_steps_of_stage_2_that_are_compared_have_equal_losses_and_gradients(
     tasks = make_tasks(size, torch.float32)
     differences = assert_equal(tasks, make_batches(size, tasks["ours"].blip2.tower))
     assert differences.keys() == {f"{who}, {what}" for who in ("ours", "cached") for what in ("loss", "gradients")}
+
+
+def test_the_steps_of_stage_1_that_are_compared_have_equal_losses_and_gradients(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    from benchmarks.stage1_step import Size, assert_equal, make_tasks
+
+    size = Size(
+        VisionConfig(image_size=32, patch_size=16, width=24, layers=1, heads=2, mlp_width=32),
+        TextConfig(vocabulary=130, width=24, layers=3, heads=2, ffn_width=32, dec_id=128, enc_id=129),
+        queries=3,
+        batch=5,
+    )
+    differences = assert_equal(make_tasks(size))
+    others = ("ours, live", "stock, live", "stock, cached")
+    assert differences.keys() == {f"{name}, {what}" for name in others for what in ("losses", "gradients")}
