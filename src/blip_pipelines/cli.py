@@ -10,6 +10,7 @@ from kedro.framework.cli.project import run
 
 from blip_pipelines.commands.ablate import ablate
 from blip_pipelines.commands.champion import rollback
+from blip_pipelines.commands.compare import compare
 from blip_pipelines.commands.data import data
 from blip_pipelines.commands.lineage import lineage, restore, verify
 from blip_pipelines.commands.score import score
@@ -17,7 +18,7 @@ from blip_pipelines.commands.serve import serve
 
 __all__ = ["cli", "run"]  # `run` because Kedro, where it finds this module, takes its command from here
 
-COMMANDS: Sequence[click.Command] = (ablate, data, lineage, restore, rollback, score, serve, verify)
+COMMANDS: Sequence[click.Command] = (ablate, compare, data, lineage, restore, rollback, score, serve, verify)
 
 
 @click.group()

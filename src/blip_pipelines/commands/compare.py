@@ -1,0 +1,121 @@
+"""`kedro compare`: two registered versions side by side: what they reach, what they were made of."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blip_pipelines.commands.project import configuration, env_option, friendly, open_store, project_root
+
+if TYPE_CHECKING:
+    from blip_pipelines.evaluation.bootstrap import Difference
+    from blip_pipelines.evaluation.scores import Scores
+
+DRAWS = 10_000
+
+
+@click.command()
+@click.argument("new")
+@click.argument("old")
+@click.option("--by", type=click.Choice(["subset", "source", "length"]), default="subset", show_default=True)
+@env_option
+def compare(new: str, old: str, by: str, env: str) -> None:
+    """Compare NEW with OLD (each models:/NAME@ALIAS or models:/NAME/VERSION), sample by sample.
+
+    A difference is significant where its paired 95 % bootstrap interval leaves out 0. Below it, the parameters, data
+    and code in which the two differ.
+    """
+    from blip_pipelines.tracking import registry
+    from blip_pipelines.tracking.registry import RegistryError
+
+    store = open_store(env)
+    with friendly(), tempfile.TemporaryDirectory() as folder:
+        versions = [registry.find(store, uri) for uri in (new, old)]
+        found = [_scores(store, version, Path(folder) / str(place)) for place, version in enumerate(versions)]
+        if by != "subset":
+            found = [_sliced(scores, by, env) for scores in found]
+        for line in _differences(found[0], found[1], by):
+            click.echo(line)
+        try:
+            for line in _origins(store, (new, old), Path(folder)):
+                click.echo(line)
+        except RegistryError as error:
+            click.echo(f"origins not compared: {error}")
+
+
+def _scores(store: Any, version: Any, into: Path) -> "Scores":
+    from blip_pipelines.evaluation.scores import read_scores
+    from blip_pipelines.tracking import registry
+
+    into.mkdir()
+    file = registry.artifact(store, version, f"scores/{version.name}.parquet", into)
+    if file is None:
+        raise registry.RegistryError(f"{version.name} version {version.version}: no scores were kept; release it again")
+    return read_scores(file)
+
+
+def _sliced(scores: "Scores", by: str, env: str) -> "Scores":
+    import pyarrow.parquet as pq
+
+    from blip_pipelines.data.storage import MANIFEST, read_json
+    from blip_pipelines.evaluation.slices import sliced
+
+    pairs = project_root() / configuration(env)["globals"]["data"] / "03_primary" / "pairs"
+    names = [entry["name"] for entry in read_json(pairs / MANIFEST)["shards"]]
+    rows = (
+        row for name in names for row in pq.read_table(pairs / name, columns=["key", "caption", "source"]).to_pylist()
+    )
+    return sliced(scores, by, rows)
+
+
+def _differences(new: "Scores", old: "Scores", by: str) -> Iterator[str]:
+    from blip_pipelines.evaluation.comparison import compare_scores
+
+    yield f"{'measure':12s} {by:16s} {'new':>8s} {'old':>8s} {'change':>9s}  {'95 % interval':22s} samples"
+    for name in sorted(new.keys() | old.keys()):
+        ours, theirs = new.get(name, {}), old.get(name, {})
+        metric, part = name
+        if ours.keys() != theirs.keys():
+            yield f"{metric:12s} {part:16s} measured on {len(ours)} and {len(theirs)} other samples: not compared"
+            continue
+        ((_, change),) = compare_scores({name: ours}, {name: theirs}, DRAWS).items()
+        means = [sum(samples.values()) / len(samples) for samples in (ours, theirs)]
+        interval = f"{change.low:+.3f} to {change.high:+.3f}"
+        yield (
+            f"{metric:12s} {part:16s} {means[0]:8.3f} {means[1]:8.3f} {change.mean:+9.3f}  {interval:22s} "
+            f"{len(ours):<7d} {_verdict(change)}".rstrip()
+        )
+
+
+def _verdict(change: "Difference") -> str:
+    return "better" if change.low > 0 else "worse" if change.high < 0 else ""
+
+
+def _origins(store: Any, uris: tuple[str, str], into: Path) -> Iterator[str]:
+    """Parameters, data and code in which the two differ."""
+    from blip_pipelines.evaluation.lineage import flat
+    from blip_pipelines.tracking.lineage import read
+
+    new, old = (read(store, uri, into / f"lineage{place}") for place, uri in enumerate(uris))
+    yield ""
+    for stage in dict.fromkeys([*new.stages, *old.stages]):
+        records = [each.record["stages"].get(stage, {}) for each in (new, old)]
+        settings = [dict(flat(record.get("parameters", {}))) for record in records]
+        for key in sorted(settings[0].keys() | settings[1].keys()):
+            if settings[0].get(key) != settings[1].get(key):
+                yield f"{stage}.{key}: {settings[0].get(key)} (new), {settings[1].get(key)} (old)"
+        for name, pair in _changed(*(record.get("inputs", {}) for record in records)):
+            yield f"{stage} reads other {name}: {pair[0]} (new), {pair[1]} (old)"
+    codes = [each.record["code"] for each in (new, old)]
+    if codes[0]["sha256"] != codes[1]["sha256"]:
+        called = [f"{code['commit'][:12] or 'no commit'}, all files {code['sha256'][:12]}" for code in codes]
+        yield f"code: {called[0]} (new), {called[1]} (old)"
+
+
+def _changed(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
+    for name in sorted(new.keys() | old.keys()):
+        hashes = tuple(each[name]["sha256"][:12] if name in each else "none" for each in (new, old))
+        if hashes[0] != hashes[1]:
+            yield name, (hashes[0], hashes[1])
