@@ -213,7 +213,7 @@ class RecordOutputs:
         root, tracking = self._context.project_path, self._context.config_loader["tracking"]
         each = {name: pipeline for name, pipeline in pipelines.items() if name != "__default__"}
         store = Store(root / tracking["folder"], tracking["experiment"])
-        found = snapshot(each, catalog, catalog.load("parameters"))
+        found = snapshot(root, each, catalog, catalog.load("parameters"))
         for run in {model["run"] for model in catalog.load("registered")["models"]}:
             lineage.keep(root, Run(store, run), found, env, not_in_dvc)
 

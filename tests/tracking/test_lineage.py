@@ -120,6 +120,7 @@ def test_the_graph_is_said_and_drawn(project):
     assert "training.steps=3" in said and "CapFilt      0 round(s)" in said
     assert "conf/base/parameters" not in said.split("code")[0]
     assert "uncommitted: conf/base/parameters_med_pretraining.yml" in said.replace("dvc.yaml, ", "")
+    assert f"sha256 {stages_of(project, '2')[0]['model'][:12]}  md5 " in said
     page = (project.root / "data" / "08_reporting" / "lineage" / f"{NAME}-2.html").read_text("utf-8")
     assert "<svg" in page and "med_pretraining" in page and "+  training:" in page
 

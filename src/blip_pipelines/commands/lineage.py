@@ -89,7 +89,7 @@ def verify(env: str) -> None:
         context = session.load_context()
         catalog = context.catalog
         each = {name: pipeline for name, pipeline in pipelines.items() if name != "__default__"}
-        found = snapshot(each, catalog, context.params)
+        found = snapshot(project_root(), each, catalog, context.params)
     lines = list(disagreements(project_root(), open_store(env), found, with_dvc=env in ("base", "local")))
     for line in lines:
         click.echo(line)

@@ -13,18 +13,21 @@ from kedro.pipeline import Pipeline
 from blip_pipelines.pipelines.parameters import parameters_of
 
 
-def snapshot(pipelines: Mapping[str, Pipeline], catalog: DataCatalog, values: Mapping[str, Any]) -> dict[str, Any]:
+def snapshot(
+    root: Path, pipelines: Mapping[str, Pipeline], catalog: DataCatalog, values: Mapping[str, Any]
+) -> dict[str, Any]:
     """By stage `inputs` and `outputs`, data set -> {path, sha256}, `parameters`, and `jobs`, receipts of what ran.
 
     Args:
+        root: the project; paths are relative to it.
         pipelines: by stage, in their order.
         values: the parameters of all blocks.
     """
     known: dict[str, dict[str, str] | None] = {}
     return {
         stage: {
-            "inputs": dict(_content(sorted(pipeline.inputs()), catalog, known)),
-            "outputs": dict(_content(sorted(pipeline.all_outputs()), catalog, known)),
+            "inputs": dict(_content(root, sorted(pipeline.inputs()), catalog, known)),
+            "outputs": dict(_content(root, sorted(pipeline.all_outputs()), catalog, known)),
             "parameters": parameters_of(stage, values),
             "jobs": list(_jobs(stage, pipeline, catalog)),
         }
@@ -33,16 +36,24 @@ def snapshot(pipelines: Mapping[str, Pipeline], catalog: DataCatalog, values: Ma
 
 
 def _content(
-    names: list[str], catalog: DataCatalog, known: dict[str, dict[str, str] | None]
+    root: Path, names: list[str], catalog: DataCatalog, known: dict[str, dict[str, str] | None]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     from blip_pipelines.data.storage import content_hash
 
     for name in names:
         if name not in known:
-            path = getattr(catalog.get(name), "path", None)
-            known[name] = {"path": path.as_posix(), "sha256": content_hash(path)} if path and path.exists() else None
+            path: Path | None = getattr(catalog.get(name), "path", None)
+            known[name] = None
+            if path is not None and path.exists():
+                known[name] = {"path": _within(root, path), "sha256": content_hash(path)}
         if (found := known[name]) is not None:
             yield name, found
+
+
+def _within(root: Path, path: Path) -> str:
+    """Relative to the project, which may be moved; absolute where it lies elsewhere."""
+    whole = (root / path).resolve()
+    return (whole.relative_to(root.resolve()) if whole.is_relative_to(root.resolve()) else whole).as_posix()
 
 
 def _jobs(stage: str, pipeline: Pipeline, catalog: DataCatalog) -> Iterator[dict[str, Any]]:
