@@ -122,7 +122,7 @@ def test_the_graph_is_said_and_drawn(project):
     assert "uncommitted: conf/base/parameters_med_pretraining.yml" in said.replace("dvc.yaml, ", "")
     assert f"sha256 {stages_of(project, '2')[0]['model'][:12]}  md5 " in said
     page = (project.root / "data" / "08_reporting" / "lineage" / f"{NAME}-2.html").read_text("utf-8")
-    assert "<svg" in page and "med_pretraining" in page and "+  training:" in page
+    assert "<svg" in page and "med_pretraining" in page and "+    steps: 3" in page
 
 
 def test_two_versions_are_compared_by_what_they_reach_and_what_made_them(project):
