@@ -13,6 +13,7 @@ from blip_pipelines.pipelines.blip2_stage2.pipeline import create_pipeline as bl
 from blip_pipelines.pipelines.capfilt.pipeline import create_pipeline as capfilt
 from blip_pipelines.pipelines.evaluation.pipeline import create_pipeline as evaluation
 from blip_pipelines.pipelines.ingestion.pipeline import create_pipeline as ingestion
+from blip_pipelines.pipelines.instruct_tuning.pipeline import create_pipeline as instruct_tuning
 from blip_pipelines.pipelines.instructions.pipeline import create_pipeline as instructions
 from blip_pipelines.pipelines.med_bootstrapped.pipeline import create_pipeline as med_bootstrapped
 from blip_pipelines.pipelines.med_pretraining.pipeline import create_pipeline as med_pretraining
@@ -28,5 +29,6 @@ def register_pipelines() -> dict[str, Pipeline]:
         stages[in_round("capfilt", number)] = capfilt(number)
         stages[in_round("med_bootstrapped", number)] = med_bootstrapped(number)
     stages |= {"blip2_stage1": blip2_stage1(rounds), "blip2_stage2": blip2_stage2(rounds)}
-    stages |= {"instructions": instructions(), "evaluation": evaluation(rounds), "release": release(rounds)}
+    stages |= {"instructions": instructions(), "instruct_tuning": instruct_tuning()}
+    stages |= {"evaluation": evaluation(rounds), "release": release(rounds)}
     return {**stages, "__default__": sum(stages.values(), Pipeline([]))}

@@ -33,7 +33,7 @@ def test_a_weight_that_stock_does_not_know_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama", "t5"])
-def test_both_stages_of_blip_2_are_reloaded(tmp_path, kind):
+def test_all_stages_of_blip_2_and_instructblip_are_reloaded(tmp_path, kind):
     vit_folder(tmp_path / "vit")
     tower = open_tower(TowerConfig(str(tmp_path / "vit")))
     tokenizer, _ = prune_vocabulary(tokenizer_json(), WORDS)
@@ -46,6 +46,10 @@ def test_both_stages_of_blip_2_are_reloaded(tmp_path, kind):
     export_blip2(former, tmp_path / "two", tower, tokenizer, {"size": 8}, model=model)
     assert reload_differences(tmp_path / "one")["retrieval"] < 1e-4
     assert reload_differences(tmp_path / "two")["generation"] < 1e-4
+    model.instruct("picture : {image} {instruction} it is", False, True)
+    export_blip2(former, tmp_path / "three", tower, tokenizer, {"size": 8}, model=model)
+    assert reload_differences(tmp_path / "three").keys() == {"instruct"}
+    assert reload_differences(tmp_path / "three")["instruct"] < 1e-3  # a random T5 blows up the last bits
 
 
 def test_a_folder_without_an_export_has_nothing_to_reload(tmp_path):

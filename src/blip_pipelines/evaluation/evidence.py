@@ -82,6 +82,7 @@ class Evidence:
     docs: str | None = None  # address of the Data Docs, relative to the page
     decided: Mapping[str, Path] = field(default_factory=dict)  # by round of CapFilt, its judged captions
     ablations: Mapping[str, Any] | None = None
+    answers: Mapping[str, Path] = field(default_factory=dict)  # by stage, what it answered to instructions
     pictures: Pictures = field(init=False)
 
     def __post_init__(self) -> None:

@@ -42,6 +42,7 @@ from blip_pipelines.evaluation.page import (
     table,
     tag,
 )
+from blip_pipelines.evaluation.questions import questions
 
 SUBSETS = {
     "combo": "an unseen combination of seen parts",
@@ -55,7 +56,9 @@ DOES = {
     "med_bootstrapped": "ITC + ITM + LM on the new corpus",
     "blip2_stage1": "queries: ITC + ITM + ITG",
     "blip2_stage2": "a frozen language model: LM",
-    "evaluation": "retrieval, captions",
+    "instructions": "questions by templates",
+    "instruct_tuning": "LM on answers to instructions",
+    "evaluation": "retrieval, captions, answers",
     "release": "gate, register",
 }
 CAPTION_MEASURES = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "exact": "exact"}
@@ -71,6 +74,7 @@ PROBES = {  # what a stage looks at while it trains: title and unit
     "t2i_r5": ("caption \u2192 pictures, R@5", "recall"),
     "lm": ("language modelling loss", "nats"),
     "cider": ("CIDEr-D of greedy captions", "CIDEr-D"),
+    "exact": ("closed questions answered right", "share"),
 }
 QUARANTINE_ROWS = 8
 WATCHED_SUBSETS = 3  # curves of the validation probe in one chart
@@ -109,6 +113,7 @@ def write_report(
     docs: Path | None = None,
     decided: Mapping[str, Path] | None = None,
     ablations: Mapping[str, Any] | None = None,
+    answers: Mapping[str, Path] | None = None,
 ) -> None:
     """Write the self-contained page `out`.
 
@@ -128,6 +133,7 @@ def write_report(
         docs: the folder of Data Docs, linked relative to the page.
         decided: by round of CapFilt, the folder of its judged captions.
         ablations: what `evaluation.ablation.collect` found.
+        answers: by stage, the folder with `predictions_answers.parquet`.
     """
     entrance = next(iter(sorted(docs.rglob("index.html"), key=lambda path: len(path.parts))), None) if docs else None
     evidence = Evidence(
@@ -146,6 +152,7 @@ def write_report(
         docs=Path(os.path.relpath(entrance, out.parent)).as_posix() if entrance else None,
         decided=decided or {},
         ablations=ablations,
+        answers=answers or {},
     )
     head = tag("header", tag("h1", "What this run did"), overview(evidence), pipeline_picture(evidence))
     sections = [(anchor, title, show(evidence)) for anchor, title, show in SECTIONS]
@@ -397,6 +404,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Evidence], Html]], ...] = (
     ("curves", "How it learnt", curves),
     ("retrieval", "Retrieval, right and wrong", retrieval),
     ("captions", "Captions it wrote", captions),
+    ("questions", "What it answered", questions),
     ("attention", "Where queries look", attention),
     ("ablations", "What each part is worth", lambda evidence: ablation_tables(evidence.ablations)),
     ("times", "Time and throughput", times),

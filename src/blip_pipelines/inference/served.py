@@ -40,12 +40,14 @@ __all__ = [
     "SERVED",
     "CaptionWriter",
     "Captioner",
+    "PythonModel",
     "Retriever",
     "Served",
     "batches_of",
     "column_of",
     "defaults_of",
     "image_bytes",
+    "invalid",
     "read_pixels",
     "refuse",
     "set_model",
@@ -335,7 +337,12 @@ def image_bytes(image: Any, row: int) -> bytes:
 
 
 def refuse(row: int, column: str, reason: str) -> MlflowException:
-    return MlflowException.invalid_parameter_value(f"row {row}, {column}: {reason}")
+    return invalid(f"row {row}, {column}: {reason}")
+
+
+def invalid(message: str) -> MlflowException:
+    """The caller's error."""
+    return MlflowException.invalid_parameter_value(message)
 
 
 def batches_of(rows: np.ndarray) -> Iterator[list[int]]:

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from mlflow.exceptions import MlflowException
-from mlflow.pyfunc import PythonModel
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.instruction_tokens import INSTRUCTION, InstructionTokens, TokenLimits
@@ -16,10 +14,12 @@ from blip_pipelines.inference.answering import AnswerConfig, Answerer
 from blip_pipelines.inference.served import (
     INSTRUCTED_PARAMETERS,
     MAX_BEAMS,
+    PythonModel,
     batches_of,
     column_of,
     defaults_of,
     image_bytes,
+    invalid,
     read_pixels,
     refuse,
 )
@@ -73,8 +73,8 @@ class Instructed(PythonModel):
 def _config(settings: dict[str, Any]) -> AnswerConfig:
     for name, bound in ("num_beams", MAX_BEAMS), ("max_tokens", MAX_TOKENS):
         if settings[name] > bound:
-            raise MlflowException.invalid_parameter_value(f"{name}: {settings[name]} is over {bound}")
+            raise invalid(f"{name}: {settings[name]} is over {bound}")
     try:
         return AnswerConfig(beams=settings.pop("num_beams"), **settings)
     except ConfigError as error:
-        raise MlflowException.invalid_parameter_value(str(error)) from error
+        raise invalid(str(error)) from error

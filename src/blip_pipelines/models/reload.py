@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip_pipelines.data.instruction_tokens import InstructionTokens, TokenLimits
 from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.models.blip2_exports import load_blip2
 from blip_pipelines.models.exports import BLIP2_NOTE, NOTE, STOCK, load_med, quietly
@@ -83,7 +84,11 @@ def _med(folder: Path) -> Mapping[str, Callable[[], float]]:
 
 
 def _blip2(folder: Path) -> Mapping[str, Callable[[], float]]:
-    from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
+    from transformers import (
+        Blip2ForConditionalGeneration,
+        Blip2ForImageTextRetrieval,
+        InstructBlipForConditionalGeneration,
+    )
 
     exported = load_blip2(folder)
     former, tower = exported.former, exported.tower
@@ -105,24 +110,46 @@ def _blip2(folder: Path) -> Mapping[str, Callable[[], float]]:
         expected = stock(picture, ids, mask.long()).logits_per_image
         return max(_gap(similarity, expected), _gap(former.match_logits(ids, mask, image), matched))
 
+    def spoken(stock: Any, soft_BQW: Tensor, after_BS: Tensor, asked: Mapping[str, Tensor]) -> float:
+        """Difference of the logits, of prompts without padding."""
+        model = exported.model
+        assert model is not None
+        vocabulary = model.language.model.config.vocab_size
+        token_ids, mask = map(torch.from_numpy, model.language.tokenizer(list(TEXTS), MAX_TOKENS))
+        ours = model.lm_head(model.hidden(soft_BQW, token_ids, after_BS))
+        placeholder = [stock.config.image_token_index] * former.config.queries
+        before_BS = torch.tensor([[*model.before_ids, *placeholder]]).expand(len(TEXTS), -1)
+        prompt = torch.cat([before_BS, after_BS], 1)
+        if stock.config.text_config.is_encoder_decoder:
+            logits = stock(picture, input_ids=prompt, decoder_input_ids=token_ids[:, :-1], **asked).logits
+        else:
+            whole = torch.cat([prompt, token_ids[:, 1:-1]], 1)
+            logits = stock(picture, input_ids=whole, **asked).logits[:, prompt.shape[1] - 1 :]
+        is_word = mask[:, 1:]
+        return _gap(ours[is_word], logits[is_word][:, :vocabulary])
+
     @torch.no_grad()
     def generation() -> float:
         stock, model = _reload(Blip2ForConditionalGeneration, folder / "generation"), exported.model
         assert model is not None
-        vocabulary = model.language.model.config.vocab_size
-        token_ids, mask = map(torch.from_numpy, model.language.tokenizer(list(TEXTS), MAX_TOKENS))
-        ours = model.lm_head(model.hidden(model.soft_prompts(image), token_ids))
-        placeholder = [stock.config.image_token_index] * former.config.queries
-        prompt = torch.tensor([[*model.before_ids, *placeholder, *model.after_ids]]).expand(len(TEXTS), -1)
-        if stock.config.text_config.is_encoder_decoder:
-            logits = stock(picture, prompt, decoder_input_ids=token_ids[:, :-1]).logits
-        else:
-            whole = torch.cat([prompt, token_ids[:, 1:-1]], 1)
-            logits = stock(picture, whole).logits[:, prompt.shape[1] - 1 :]
-        is_word = mask[:, 1:]
-        return _gap(ours[is_word], logits[is_word][:, :vocabulary])
+        after_BS = torch.tensor([model.after_ids], dtype=torch.long).expand(len(TEXTS), -1)
+        return spoken(stock, model.soft_prompts(image), after_BS, {})
 
-    checks = {"retrieval": retrieval, "generation": generation}
+    @torch.no_grad()
+    def instruct() -> float:
+        stock, model = _reload(InstructBlipForConditionalGeneration, folder / "instruct"), exported.model
+        words = exported.tokenizer
+        assert model is not None and words is not None
+        # Cut to the shortest, as stock positions know no padding before an answer.
+        read, question = (min(map(len, each.pieces(TEXTS))) for each in (model.language.tokenizer, words))
+        limits = TokenLimits(instruction=read, question=question + 2)
+        tokens = InstructionTokens(model.language.tokenizer, model.place, words, limits)
+        ids, mask = map(torch.from_numpy, tokens.for_former(TEXTS)[:2])
+        asked = {"qformer_input_ids": ids, "qformer_attention_mask": mask.long()}
+        after_BS = torch.from_numpy(tokens.for_language(TEXTS).ids)
+        return spoken(stock, model.soft_prompts(image, ids, mask), after_BS, asked)
+
+    checks = {"retrieval": retrieval, "generation": generation, "instruct": instruct}
     return {kind: check for kind, check in checks.items() if (folder / kind).is_dir()}
 
 

@@ -1,25 +1,29 @@
 """Evaluation on the test halves, each read once: retrieval both ways, captions; later models beside the first."""
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
 from blip_pipelines.jobs.receipt import Receipt
-from blip_pipelines.pipelines.launching import launched
+from blip_pipelines.pipelines.launching import Launched, launched
 from blip_pipelines.pipelines.parameters import Stage, read_block
 
 MED_JOB = "blip_pipelines.jobs.evaluate_med"
 STAGE1_JOB = "blip_pipelines.jobs.evaluate_blip2_stage1"
 STAGE2_JOB = "blip_pipelines.jobs.evaluate_blip2_stage2"
+QUESTIONS_JOB = "blip_pipelines.jobs.evaluate_instructions"
+
+log = logging.getLogger(__name__)
 
 Measured = tuple[Receipt, dict[str, float], dict[str, Any]]
 
 
 def read_parameters(block: dict[str, Any]) -> Stage:
-    from blip_pipelines.jobs.evaluate_med import Config
     from blip_pipelines.jobs.launch import LaunchConfig
+    from blip_pipelines.pipelines.evaluation.parameters import EvaluationConfig
 
-    return read_block(Config, LaunchConfig, block, "evaluation")
+    return read_block(EvaluationConfig, LaunchConfig, block, "evaluation")
 
 
 def evaluate_med(
@@ -47,17 +51,80 @@ def evaluate_blip2_stage2(model: Path, pairs: Path, images: Path, parameters: di
 
 
 def _measured(job: str, stage: str, model: Path, pairs: Path, images: Path, parameters: dict[str, Any]) -> Measured:
-    done = launched(job, read_parameters(parameters), {"model": model, "pairs": pairs, "images": images})
+    from blip_pipelines.pipelines.evaluation.parameters import measuring
+
+    how = measuring(read_parameters(parameters))
+    return _of_stage(stage, launched(job, how, {"model": model, "pairs": pairs, "images": images}))
+
+
+def evaluate_answers(
+    model: Path, instructions: Path, own_images: Path, images: Path, parameters: dict[str, Any], *, stage: str
+) -> Measured:
+    """What an exported BLIP-2 or InstructBLIP answers to held-out rows of the instruction table.
+
+    Args:
+        own_images: pictures that data sets brought; found by the table.
+        stage: that trained the model.
+
+    Returns:
+        As `evaluate_med`; the receipt is of one row a question.
+    """
+    from blip_pipelines.pipelines.evaluation.parameters import asking
+
+    how = asking(read_parameters(parameters))
+    inputs = {"model": model, "instructions": instructions, "images": images}
+    return _of_stage(stage, launched(QUESTIONS_JOB, how, inputs))
+
+
+def _of_stage(stage: str, done: Launched) -> Measured:
     measures = {f"{stage}/{name}": value for name, value in done.receipt.facts["metrics"].items()}
     return done.receipt, measures, done.record
 
 
+def compare_answers(
+    parameters: dict[str, Any],
+    new: Path,
+    old: Path,
+    new_measures: dict[str, float],
+    old_measures: dict[str, float],
+    new_record: dict[str, Any],
+    old_record: dict[str, Any],
+    *,
+    stages: tuple[str, str],
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Measures of two models that were asked the same, and whether the new one is better than the old.
+
+    Args:
+        stages: that trained the new and the old one.
+
+    Returns:
+        Flat measures, with `<new>/accuracy_over_<old>/<role>` and, by data set, `<new>/score_over_<old>/<data set>`,
+        each with its ends `_low` and `_high`; the run records.
+    """
+    from blip_pipelines.evaluation.answers import ROLES, named
+    from blip_pipelines.evaluation.answers import compare_answers as compared
+
+    config, metrics = read_parameters(parameters).config.questions, {**new_measures, **old_measures}
+    for name, found in compared(new, old, config.bootstrap_draws, config.seed).items():
+        metric = f"{stages[0]}/{'accuracy' if name in ROLES else 'score'}_over_{stages[1]}"
+        metrics |= named(metric, name, found)
+        if name in ROLES:
+            ends = f"{found.low:+.3f} to {found.high:+.3f}"
+            log.info("%s over %s, %s: accuracy %+.3f (%s)", *stages, name.replace("_", " "), found.mean, ends)
+    return metrics, {f"{stage}_answers": record for stage, record in zip(stages, (new_record, old_record), strict=True)}
+
+
 def compare_models(
-    parameters: dict[str, Any], *parts: Any, stages: tuple[str, ...]
+    parameters: dict[str, Any],
+    answers: dict[str, float],
+    answers_records: dict[str, dict[str, Any]],
+    *parts: Any,
+    stages: tuple[str, ...],
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """All measures together, and whether each later model is better than the one of the first stage.
 
     Args:
+        answers, answers_records: what `compare_answers` found, and the run records of that.
         parts: for each of `stages` its predictions, then for each its measures, then for each its run record.
 
     Returns:
@@ -69,11 +136,11 @@ def compare_models(
     started, config = time.monotonic(), read_parameters(parameters).config
     count = len(stages)
     predictions, measures, records = parts[:count], parts[count : 2 * count], parts[2 * count :]
-    metrics = {name: value for each in measures for name, value in each.items()}
+    metrics = {name: value for each in (answers, *measures) for name, value in each.items()}
     for stage, folder in zip(stages[1:], predictions[1:], strict=True):
         for (metric, subset), found in compare(folder, predictions[0], config.bootstrap_draws, config.seed).items():
             for end, value in (("", found.mean), ("_low", found.low), ("_high", found.high)):
                 metrics[f"{stage}/{metric}_over_{stages[0]}{end}/{subset}"] = value
-    seconds = sum(record["seconds"] for record in records) + time.monotonic() - started
-    reused = all(record["reused"] for record in records)
-    return metrics, {"seconds": seconds, "reused": reused, "parts": dict(zip(stages, records, strict=True))}
+    kept = {**dict(zip(stages, records, strict=True)), **answers_records}
+    seconds = sum(record["seconds"] for record in kept.values()) + time.monotonic() - started
+    return metrics, {"seconds": seconds, "reused": all(record["reused"] for record in kept.values()), "parts": kept}

@@ -3,7 +3,9 @@
 from kedro.pipeline import Node, Pipeline
 
 from blip_pipelines.pipelines.evaluation.nodes import (
+    compare_answers,
     compare_models,
+    evaluate_answers,
     evaluate_blip2_stage1,
     evaluate_blip2_stage2,
     evaluate_med,
@@ -24,13 +26,32 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
         )
         for stage, evaluate in evaluators.items()
     ]
+    answering = ("instruct_tuning", "blip2_stage2")
+    asked = [
+        Node(
+            with_known(evaluate_answers, stage=stage),
+            [f"{stage}_model", "instructions", "instructions_images", "images", "params:evaluation"],
+            [f"{stage}_answers", f"{stage}_answer_measures", f"{stage}_answer_record"],
+            name=f"ask_{stage}",
+        )
+        for stage in answering
+    ]
+    answered = Node(
+        with_known(compare_answers, stages=answering),
+        [
+            "params:evaluation",
+            *(f"{stage}_{part}" for part in ("answers", "answer_measures", "answer_record") for stage in answering),
+        ],
+        ["answers_compared", "answer_records"],
+        name="compare_answers",
+    )
     compared = Node(
         with_known(compare_models, stages=stages),
         [
-            "params:evaluation",
+            *("params:evaluation", "answers_compared", "answer_records"),
             *(f"{stage}_{part}" for part in ("predictions", "measures", "evaluation_record") for stage in stages),
         ],
         ["evaluation_metrics", "evaluation_run"],
         name="compare_models",
     )
-    return Pipeline([*measured, compared], tags="evaluation")
+    return Pipeline([*measured, *asked, answered, compared], tags="evaluation")

@@ -69,9 +69,11 @@ def recipe(released: Released, evaluation: Mapping[str, Any]) -> str:
     from blip_pipelines.data.storage import sha256
     from blip_pipelines.evaluation.scores import JUDGED_RIGHT
 
-    how = (
-        JUDGED_RIGHT if released.is_filter else arithmetic(read_stage("evaluation", {"evaluation": evaluation}).config)
-    )
+    how: Any = JUDGED_RIGHT
+    if not released.is_filter:
+        how = arithmetic(read_stage("evaluation", {"evaluation": evaluation}).config)
+        questions = how.pop("questions")
+        how = questions if released.asks else how
     return sha256(json.dumps(how, sort_keys=True).encode())[:16]
 
 
@@ -137,6 +139,7 @@ def _champion_scores(
 ) -> "Scores | None":
     """As they were kept, or measured now where they were found by another recipe or on other rows."""
     from blip_pipelines.evaluation.scores import read_scores, scores_of
+    from blip_pipelines.pipelines.evaluation.parameters import asking, measuring
     from blip_pipelines.pipelines.launching import launched
     from blip_pipelines.tracking import registry
 
@@ -151,6 +154,8 @@ def _champion_scores(
     if is_alike or released.measured_by is None:
         return kept
     log.info("gate: measuring the champion of %s, version %s, on the rows of today", name, before.version)
-    inputs = {"model": registry.exported(loaded["champion"]), "pairs": data["pairs"], "images": data["images"]}
+    table = "instructions" if released.asks else "pairs"
+    inputs = {"model": registry.exported(loaded["champion"]), table: data[table], "images": data["images"]}
     stage = read_stage("evaluation", {"evaluation": evaluation})
+    stage = asking(stage) if released.asks else measuring(stage)
     return scores_of(launched(released.measured_by, stage, inputs).receipt.folder)

@@ -103,8 +103,9 @@ def report(
         metrics: flat measures `stage/metric/subset` of the evaluation.
         gate: decisions about the registered models.
         ablations: what `evaluation.ablation.collect` found; None where they were not run.
-        by_stage: `run_<stage>`, run records; `history_<stage>`, curves; `predictions_<stage>`, folders; of each round
-            of CapFilt also `decided_<stage>`, its judged captions, and `metrics_<stage>`.
+        by_stage: `run_<stage>`, run records; `history_<stage>`, curves; `predictions_<stage>` and
+            `answers_<stage>`, folders; of each round of CapFilt also `decided_<stage>`, its judged captions, and
+            `metrics_<stage>`.
     """
     from blip_pipelines.data.sources.packages import WHEELS
     from blip_pipelines.evaluation.report import summary, write_report
@@ -125,6 +126,7 @@ def report(
         quarantine=quarantine,
         history=of("history"),
         predictions=of("predictions"),
+        answers=of("answers"),
         decided=of("decided"),
         credits=[wheel.credit for wheel in WHEELS.values() if wheel.credit],
         registered=registered["models"],

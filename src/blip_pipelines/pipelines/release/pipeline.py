@@ -10,7 +10,8 @@ from blip_pipelines.pipelines.rounds import in_round, models_of, with_known
 
 def create_pipeline(rounds: int = 1) -> Pipeline:
     models, filtered = models_of(rounds), [in_round("capfilt", number) for number in range(1, rounds + 1)]
-    released, trained = releases(rounds), (*models, "blip2_stage1", "blip2_stage2")
+    released, measured = releases(rounds), (*models, "blip2_stage1", "blip2_stage2")
+    trained = (*measured, "instruct_tuning")
     of_models = {
         **{name: name for entry in released for name in (*entry.data_sets, "noise")},
         "parameters": "params:release",
@@ -26,7 +27,8 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
             for stage in filtered
             for part in ("captioner", "filter")
         },
-        **{f"predictions_{stage}": f"{stage}_predictions" for stage in trained},
+        **{f"predictions_{stage}": f"{stage}_predictions" for stage in measured},
+        **{f"answers_{stage}": f"{stage}_answers" for stage in ("blip2_stage2", "instruct_tuning")},
         **{f"{kind}_{stage}": f"{stage}_{kind}" for stage in filtered for kind in ("decided", "metrics")},
     }
     return Pipeline(

@@ -14,12 +14,14 @@ class Released:
         names: under which its one folder is registered, each served in another way.
         model: the exported folder.
         record: the run record; `part` of it, where the stage runs several jobs.
-        trained_on: caption tables, its own corpus first, then those of the models that it started from.
+        trained_on: tables, its own corpus of captions first, then the others, also those of the models that it
+            started from.
         contracts, checked: results of the contracts on its own corpus, and the hash of what they were checked on.
         predictions: what it was measured by, sample by sample; for the filter its `decided` captions.
         metrics: flat measures `<stage>/<metric>/<subset>`.
         measured_by: the job that makes such predictions from `model`, `pairs` and `images` with the parameters of
             `evaluation`, by which a champion is measured anew when the rows or these parameters have changed.
+        asks: that job asks questions of the table `instructions` in place of captions, as `evaluation.questions` says.
         is_filter: its predictions are held against the known noise.
     """
 
@@ -34,6 +36,7 @@ class Released:
     metrics: str
     part: str | None = None
     measured_by: str | None = None
+    asks: bool = False
     is_filter: bool = False
 
     @property
@@ -71,6 +74,19 @@ def releases(rounds: int = 1) -> tuple[Released, ...]:
             predictions="blip2_stage2_predictions",
             metrics="evaluation_metrics",
             measured_by="blip_pipelines.jobs.evaluate_blip2_stage2",
+        ),
+        Released(
+            stage="instruct_tuning",
+            names=("instructblip",),
+            model="instruct_tuning_model",
+            record="instruct_tuning_run",
+            trained_on=(*corpora, "pairs", "instructions"),
+            contracts=f"{judge}_contracts",
+            checked=f"{judge}_pairs_checked",
+            predictions="instruct_tuning_answers",
+            metrics="evaluation_metrics",
+            measured_by="blip_pipelines.jobs.evaluate_instructions",
+            asks=True,
         ),
         Released(
             stage=judge,
