@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from blip2_samples import vit_folder
 from data_samples import tokenizer_json, write_data_set
 from inference_samples import export_tiny_med, random_stem
+from project_samples import ROOT
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.features import FeatureCache
@@ -23,6 +25,7 @@ from blip_pipelines.jobs.receipt import Receipt
 from blip_pipelines.models.blip2_exports import load_blip2
 from blip_pipelines.models.frozen_tower import TowerConfig, open_tower
 from blip_pipelines.objectives.qformer import QFormerPretraining
+from blip_pipelines.pipelines.parameters import laid_over, read_stage
 
 JOB = "blip_pipelines.jobs.blip2_stage1"
 IMAGES = 20
@@ -227,3 +230,14 @@ def test_what_does_not_fit_is_an_error_before_training(tmp_path: Path, data: dic
         start(tmp_path, {"pairs": data["pairs"], "images": data["images"]}, config())
     with pytest.raises(ConfigError, match=r"blip2_stage1\.tokenizer: missing"):
         start(tmp_path, data, config(start={}))
+
+
+@pytest.mark.parametrize("environment", ["base", "smoke", "gpu", "paper"])
+def test_every_environment_has_a_recipe_that_is_read(environment: str) -> None:
+    blocks = [
+        yaml.safe_load((ROOT / "conf" / name / "parameters_blip2_stage1.yml").read_text())["blip2_stage1"]
+        for name in ("base", environment)
+    ]
+    config = read_stage("blip2_stage1", {"blip2_stage1": laid_over(*blocks)}).config
+    assert config.needs_med == (environment != "paper")
+    assert config.qformer.text.dropout == 0.1
