@@ -1,14 +1,15 @@
 """What a model answers to the rows of an instruction table."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from blip_pipelines.data.instructions import Instructions
-from blip_pipelines.inference.answering import Answered, Answerer
+from blip_pipelines.inference.answering import Answered
 from blip_pipelines.jobs.training_data import Images
 
 
@@ -43,8 +44,19 @@ class Asking:
     batch_rows: int = 32
 
 
+class Asked(Protocol):
+    """A model that answers: `answering.Answerer`, or `question_answering.MedAnswerer`."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def answer(
+        self, pixels: torch.Tensor, instructions: Sequence[str], candidates: Sequence[Sequence[str] | None]
+    ) -> list[Answered]: ...
+
+
 def answers_of(
-    answerers: Mapping[str, Answerer], view: Instructions, images: Images, rows: np.ndarray, asking: Asking
+    answerers: Mapping[str, Asked], view: Instructions, images: Images, rows: np.ndarray, asking: Asking
 ) -> list[Answered]:
     """An answer to each of `rows`, in their order.
 
