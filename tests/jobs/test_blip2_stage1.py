@@ -64,9 +64,10 @@ def config(**changed: Any) -> dict[str, Any]:
     }
 
 
-def start(root: Path, data: dict[str, Path], settings: dict[str, Any]) -> Receipt:
+def start(root: Path, data: dict[str, Path], settings: dict[str, Any], **how: Any) -> Receipt:
     inputs = {name: data[name] for name in ("pairs", "images", "med") if name in data}
-    return launch(JOB, settings, inputs, LaunchConfig(mode="inline", threads_per_rank=1, work=str(root / "work")))
+    how = {"mode": "inline", "threads_per_rank": 1, **how}
+    return launch(JOB, settings, inputs, LaunchConfig(work=str(root / "work"), **how))
 
 
 def outputs(receipt: Receipt) -> dict[str, bytes]:
@@ -230,6 +231,17 @@ def test_what_does_not_fit_is_an_error_before_training(tmp_path: Path, data: dic
         start(tmp_path, {"pairs": data["pairs"], "images": data["images"]}, config())
     with pytest.raises(ConfigError, match=r"blip2_stage1\.tokenizer: missing"):
         start(tmp_path, data, config(start={}))
+
+
+@pytest.mark.slow
+def test_two_ranks_fill_one_cache_and_learn_what_one_rank_learns(tmp_path: Path, data: dict[str, Path]) -> None:
+    settings = config()
+    settings["qformer"]["text"]["dropout"] = 0.0  # masks belong to a rank
+    alone = start(tmp_path / "alone", data, settings)
+    shared = start(tmp_path / "shared", data, settings, mode="torchrun", processes=2)
+    np.testing.assert_allclose(losses(shared), losses(alone), rtol=1e-3)
+    assert shared.speed["features_hit_rate"] == alone.speed["features_hit_rate"]
+    assert alone.facts["tower"] == shared.facts["tower"]
 
 
 @pytest.mark.parametrize("environment", ["base", "smoke", "gpu", "paper"])
