@@ -140,6 +140,13 @@ def test_every_link_inside_the_page_has_its_place(tmp_path, evidence):
     assert inside <= page.anchors
 
 
+def test_what_a_cache_of_features_brought_stands_beside_the_time(tmp_path, evidence):
+    stages = {"blip2_stage1": {"seconds": 60.0, "features_hit_rate": 0.5, "features_seconds_saved": 4321.0}}
+    text = Page(written(tmp_path, evidence, stages=evidence["stages"] | stages)).text
+    assert "from cache" in text and "cache saved" in text and "50%" in text and "4,321 s" in text
+    assert "from cache" not in Page(written(tmp_path, evidence)).text
+
+
 def test_a_run_without_results_still_gets_a_page(tmp_path):
     nowhere = tmp_path / "nowhere"
     write_report(
