@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from data_samples import caption, open_data_set, picture, write_data_set
 
-from blip_pipelines.data import storage
+from blip_pipelines.data import storage, tables
 from blip_pipelines.data.pairs import Pairs, write_pairs
 from blip_pipelines.data.records import PAIR_SCHEMA
 from blip_pipelines.data.storage import StorageError
@@ -135,3 +135,28 @@ def test_pairs_travel_to_another_process(tmp_path):
     copy = pickle.loads(pickle.dumps(pairs))  # noqa: S301  our own bytes, as a spawned worker gets them
     assert copy.image_bytes(1) == pairs.image_bytes(1)
     assert copy.captions(np.arange(2)) == pairs.captions(np.arange(2))
+
+
+def test_texts_that_differ_in_case_and_white_space_have_one_id_however_they_are_hashed():
+    same = ["a red crab", "A Red  crab", " a red crab ", "a\tred crab", "a red\u00a0crab"]
+    plain, odd = ["a red crab", "", "a dog", "A RED CRAB", "a", "", "b"], ["ein Fuß", "EIN FUẞ", *same]
+    hashes = [tables._hash_texts(pa.chunked_array([pa.array(texts, pa.large_string())])) for texts in (plain, odd)]
+    assert len({*hashes[1][2:], hashes[0][0], hashes[0][3]}) == 1
+    assert hashes[0][1] == hashes[0][5] and len(set(hashes[0].tolist())) == 5
+    for text in same[1:]:
+        assert tables._is_plain(pa.array([text], pa.large_string())) == (text == "A Red crab")
+    for first in range(3):  # parts of an array begin within its buffers
+        part = pa.array(plain, pa.large_string()).slice(first, 4)
+        assert tables._is_plain(part) and not tables._is_plain(pa.array(odd, pa.large_string()).slice(first + 2, 2))
+        assert np.array_equal(tables._hash_texts(pa.chunked_array([part])), hashes[0][first : first + 4])
+
+
+def test_ids_are_those_of_the_whole_texts_and_keys(tmp_path):
+    pairs = open_data_set(tmp_path, [5, 4], captions_per_image=3)
+    for ids, values in ((pairs.image_ids, pairs.keys), (pairs.text_ids, pairs.column("caption"))):
+        numbers = {}
+        assert ids.tolist() == [numbers.setdefault(value, len(numbers)) for value in values] and ids.dtype == np.int64
+    some = np.array([7, 0, 3])
+    assert all(
+        np.array_equal(a, b[some]) for a, b in zip(pairs.ids(some), (pairs.image_ids, pairs.text_ids), strict=True)
+    )

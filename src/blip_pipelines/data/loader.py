@@ -289,12 +289,13 @@ class _Steps(Dataset):
         batches = []
         for start, (ids, mask) in zip(starts, texts, strict=True):
             mine = rows[start + self.part.start : start + self.part.stop]
+            image_ids, text_ids = self.pairs.ids(mine)
             batch = Batch(
                 pixels=torch.from_numpy(self.read_images(mine, step, start + self.part.start)),
                 token_ids=torch.from_numpy(ids[self.part]),
                 token_mask=torch.from_numpy(mask[self.part]),
-                image_ids=torch.from_numpy(self.pairs.image_ids[mine]),
-                text_ids=torch.from_numpy(self.pairs.text_ids[mine]),
+                image_ids=torch.from_numpy(image_ids),
+                text_ids=torch.from_numpy(text_ids),
                 rows=torch.arange(self.part.start, self.part.stop),
                 target_tokens=target_tokens,
                 prompt_tokens=prompt_tokens,

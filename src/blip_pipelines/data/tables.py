@@ -6,8 +6,9 @@ in memory as arrow, shared by forked workers: millions of rows cost their bytes 
 needs another subset takes a view, whose ids keep their meaning.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,6 +20,8 @@ import pyarrow.parquet as pq
 from blip_pipelines.data import shards, storage
 from blip_pipelines.data.storage import MANIFEST, StorageError
 
+_KEY_LENGTH = 64
+_AT_ONCE = 4  # shards that are verified or read
 _REMEDY = "restore it (`dvc checkout`, `dvc pull`) or run the stage that writes it"
 
 
@@ -100,8 +103,7 @@ class ImageRows:
         chosen = self._rows if rows is None else np.sort(self._rows[np.asarray(rows)])
         for name, values in wanted.items():
             if values is not None:
-                values_wanted = pa.array([values] if isinstance(values, str) else list(values), pa.large_string())
-                is_wanted = pc.is_in(self._table.column(name), value_set=values_wanted).to_numpy(zero_copy_only=False)
+                is_wanted = self._table.is_in(name, [values] if isinstance(values, str) else list(values))
                 chosen = chosen[is_wanted[chosen]]
         return type(self)(self._table, chosen)
 
@@ -137,12 +139,17 @@ class ImageRows:
     @cached_property
     def image_ids(self) -> np.ndarray:
         """(rows,) int64: equal for equal image keys, in every view of this table."""
-        return self._table.image_ids[self._rows]
+        return self._table.image_ids[self._rows].astype(np.int64)
 
     @cached_property
     def text_ids(self) -> np.ndarray:
         """(rows,) int64: equal for texts that differ only in case and white space, in every view of this table."""
-        return self._table.text_ids(self.TEXT)[self._rows]
+        return self._table.text_ids(self.TEXT)[self._rows].astype(np.int64)
+
+    def ids(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`image_ids` and `text_ids` of some rows of this view, without those of all its rows."""
+        at = self._rows[rows]
+        return self._table.image_ids[at].astype(np.int64), self._table.text_ids(self.TEXT)[at].astype(np.int64)
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image of a row of this view: one seek."""
@@ -175,8 +182,8 @@ class ImageRows:
 
     def preload(self) -> None:
         """Read what training needs now, so that forked workers share it instead of reading it each."""
-        self._table.column(self.TEXT)
-        _ = self._table.places, self.image_ids, self.text_ids
+        _ = self._table.image_ids, self._table.text_ids(self.TEXT), self._table.places
+        self._table.column(self.TEXT)  # last: finding the ids takes memory for a moment
 
     def describe(self, row: int) -> str:
         """Names a row for messages: shard, member and key."""
@@ -197,8 +204,9 @@ class Table:
         self.manifest = storage.read_json(folder / MANIFEST)
         self.hash = storage.content_hash(folder)
         self.paths = [folder / entry["name"] for entry in self.manifest["shards"]]
-        for path, entry in zip(self.paths, self.manifest["shards"], strict=True):
-            _verify(path, schema, entry)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for _ in pool.map(partial(_verify, wanted=schema), self.paths, self.manifest["shards"]):
+                pass
         self.shard_ends = np.cumsum([entry["rows"] for entry in self.manifest["shards"]], dtype=np.int64)
         self.reader = None
         if images is not None:
@@ -237,35 +245,102 @@ class Table:
         kind = self.schema.field(name).type
         if pa.types.is_string(kind):  # the 32-bit offsets of plain strings end at 2 GB of captions
             kind = pa.large_string()
-        parts = [pq.ParquetFile(path).read([name])[name].cast(kind) for path in self.paths]
-        chunks = [chunk for part in parts for chunk in part.chunks]
+        chunks = [chunk for part in self._parts(name) for chunk in part.cast(kind).chunks]
         return pa.concat_arrays(chunks) if chunks else pa.array([], kind)
+
+    def is_in(self, name: str, values: Sequence[str]) -> np.ndarray:
+        """(rows,) bool: whether a row has one of the values in a column."""
+        parts = [pc.is_in(part, value_set=pa.array(values, part.type)) for part in self._parts(name)]
+        return np.concatenate([np.empty(0, bool), *(part.to_numpy() for part in parts)])
+
+    def _parts(self, name: str) -> Iterator[pa.ChunkedArray]:
+        """A column shard by shard, read now."""
+        return self._map(lambda column: column, name)
+
+    def _map(self, call: Callable[[pa.ChunkedArray], Any], name: str) -> Iterator[Any]:
+        """What `call` makes of a column, shard by shard, some of them at once."""
+        if not self.paths and name in self._columns:
+            yield call(pa.chunked_array([self._columns[name]]))
+            return
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for first in range(0, len(self.paths), _AT_ONCE):
+                some = self.paths[first : first + _AT_ONCE]
+                yield from pool.map(lambda path: call(pq.ParquetFile(path).read([name])[name]), some)
 
     @cached_property
     def places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        shard, offset, size = (self.column(name).to_numpy() for name in ("shard", "offset", "size"))
-        return shard, offset, size
+        shard, offset, size = (self.read(name).to_numpy() for name in ("shard", "offset", "size"))
+        return shard, offset, size.astype(np.uint32)
 
     @cached_property
     def image_ids(self) -> np.ndarray:
-        return _dense_ids(self.read("key"))  # not kept: it is the largest column, and ids replace it
+        """(rows,) int32: 0 for the first image, 1 for the next other one, and so on."""
+        return _dense_ids(self._map(_hash_keys, "key"))
 
     @cached_property
     def _text_ids(self) -> dict[str, np.ndarray]:
         return {}
 
     def text_ids(self, name: str) -> np.ndarray:
+        """(rows,) int32, as `image_ids`: equal for texts that differ only in case and white space."""
         if name not in self._text_ids:
-            words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pc.utf8_lower(self.column(name))))
-            self._text_ids[name] = _dense_ids(pc.binary_join(words, pa.scalar(" ", pa.large_string())))
+            self._text_ids[name] = _dense_ids(self._map(_hash_texts, name))
         return self._text_ids[name]
 
 
-def _dense_ids(values: pa.Array) -> np.ndarray:
-    return values.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+def _dense_ids(hashes: Iterable[np.ndarray]) -> np.ndarray:
+    """Hashes of 64 bits as numbers from 0 on, in the order in which they first appear.
+
+    Two of ten million texts are taken for one with a chance of three in a million, at the price of one negative less.
+    """
+    whole = np.concatenate([np.empty(0, np.uint64), *hashes])
+    return pa.array(whole).dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int32)
 
 
-def _verify(path: Path, wanted: pa.Schema, entry: Mapping[str, Any]) -> None:
+def _hash_keys(keys: pa.ChunkedArray) -> np.ndarray:
+    """(rows,) uint64: the first half of a quarter of each sha256."""
+    parts = [np.empty(0, np.uint64)]
+    for chunk in keys.cast(pa.large_string()).chunks:
+        if pc.all(pc.equal(pc.binary_length(chunk), _KEY_LENGTH)).as_py() is False:  # no content hash, as in a test
+            parts.append(_hash_texts(pa.chunked_array([chunk])))
+            continue
+        start = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset] if len(chunk) else 0
+        digits = np.frombuffer(chunk.buffers()[2] or b"", np.uint8)[start:][: len(chunk) * _KEY_LENGTH]
+        digits = digits.reshape(-1, _KEY_LENGTH)[:, :16]
+        nibbles = (digits & 15) + 9 * (digits >> 6)
+        parts.append((nibbles[:, ::2] << 4 | nibbles[:, 1::2]).astype(np.uint8).view(">u8")[:, 0].astype(np.uint64))
+    return np.concatenate(parts)
+
+
+def _hash_texts(texts: pa.ChunkedArray) -> np.ndarray:
+    """(rows,) uint64: of each text in lower case with single spaces."""
+    import pandas as pd
+
+    parts = [np.empty(0, np.uint64)]
+    for chunk in texts.cast(pa.large_string()).chunks:
+        if _is_plain(chunk):
+            plain = pc.ascii_lower(chunk)
+        else:
+            words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pc.utf8_lower(chunk)))
+            plain = pc.binary_join(words, pa.scalar(" ", pa.large_string()))
+        parts.append(pd.util.hash_array(plain.to_numpy(zero_copy_only=False), categorize=False))
+    return np.concatenate(parts)
+
+
+def _is_plain(texts: pa.LargeStringArray) -> bool:
+    """Whether all are ASCII with single spaces between words, as captions that ingestion checked mostly are."""
+    if not len(texts):
+        return True
+    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    characters = np.frombuffer(texts.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
+    is_space = np.concatenate([characters == 32, [True]])  # whatever follows the last text
+    if (characters > 127).any() or (characters < 32).any() or (is_space[1:-1] & is_space[:-2]).any():
+        return False
+    starts, ends = offsets[:-1] - offsets[0], offsets[1:] - offsets[0]
+    return not (is_space[starts[ends > starts]].any() or is_space[ends[ends > starts] - 1].any())
+
+
+def _verify(path: Path, entry: Mapping[str, Any], wanted: pa.Schema) -> None:
     if not path.is_file():
         raise StorageError(f"{path}: table shard is missing; {_REMEDY}")
     if (found := storage.sha256_file(path)) != entry["sha256"]:

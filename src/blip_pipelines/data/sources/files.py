@@ -40,8 +40,9 @@ class FileSource(ABC):
 
     def records(self) -> Iterator[Record | Quarantined]:
         grouped, refused = self._rows
+        read = self.place.read  # one bound method for all
         for (member, split), captions in grouped.items():
-            yield Record(member, partial(self.place.read, member), tuple(captions), self.name, split)
+            yield Record(member, partial(read, member), tuple(captions), self.name, split)
         yield from refused
 
     def listing(self) -> Iterable[Entry]:
