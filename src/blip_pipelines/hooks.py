@@ -207,6 +207,7 @@ class RecordOutputs:
     def _keep_lineage(self, env: str, catalog: DataCatalog, not_in_dvc: str | None) -> None:
         """Of the models that this run released, in the run that registered them; here, as `dvc.lock` is done now."""
         from blip_pipelines.pipelines.snapshot import snapshot
+        from blip_pipelines.pipelines.stories import draw
         from blip_pipelines.tracking import lineage
         from blip_pipelines.tracking.runs import Run, Store
 
@@ -214,8 +215,11 @@ class RecordOutputs:
         each = {name: pipeline for name, pipeline in pipelines.items() if name != "__default__"}
         store = Store(root / tracking["folder"], tracking["experiment"])
         found = snapshot(root, each, catalog, catalog.load("parameters"))
-        for run in {model["run"] for model in catalog.load("registered")["models"]}:
+        models = catalog.load("registered")["models"]
+        for run in {model["run"] for model in models}:
             lineage.keep(root, Run(store, run), found, env, not_in_dvc)
+        registered: Any = catalog.get("registered")
+        draw(store, models, registered.path.with_name("lineage"))
 
     def _why_not(self, stages: list[str], env: str | None, values: dict[str, Any]) -> str | None:
         root = self._context.project_path

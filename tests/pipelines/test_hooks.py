@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from kedro.framework.hooks.manager import _create_hook_manager, _register_hooks
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Node, Pipeline
@@ -139,7 +140,8 @@ def test_a_run_that_dvc_yaml_does_not_describe_is_not_recorded(monkeypatch, env,
         SimpleNamespace(project_path=ROOT, config_loader=SimpleNamespace(conf_source=ROOT / "conf"))
     )
     hook.before_pipeline_run()
-    found = hook._why_not(["release"], env, {"release": {"alias": alias}})
+    tracked = yaml.safe_load((ROOT / "conf" / "base" / "parameters_release.yml").read_text("utf-8"))["release"]
+    found = hook._why_not(["release"], env, {"release": {**tracked, "alias": alias}})
     assert found is None if reason is None else found.startswith(reason)
 
 

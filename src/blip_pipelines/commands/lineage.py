@@ -25,23 +25,18 @@ def lineage(model: str, captions: tuple[str, ...], page: Path | None, env: str) 
     With --caption: who wrote it, who judged it and how, and what became of it.
     """
     from blip_pipelines.data.storage import write_atomic
-    from blip_pipelines.evaluation.lineage import Story, as_page, as_text
-    from blip_pipelines.tracking.data_versions import locked
+    from blip_pipelines.evaluation.lineage import as_page, as_text
+    from blip_pipelines.pipelines.stories import story_of, versions_by_content
     from blip_pipelines.tracking.lineage import read
 
     store = open_store(env)
     with tempfile.TemporaryDirectory() as folder, friendly():
         found = read(store, model, Path(folder))
-        models = {
-            version.tags["model"]: f"models:/{version.name}/{version.version}"
-            for version in store.client.search_model_versions()
-            if "model" in version.tags
-        }
+        models = versions_by_content(store)
         about = [caption for asked in captions for caption in _captions(found, asked, models)]
         for asked in captions if not about else ():
             click.echo(f"no caption table of this version has '{asked}'", err=True)
-        described = {"name": found.name, "version": found.version, "aliases": found.aliases, "tags": found.tags}
-        story = Story(described, found.stages, found.record, locked(found.lock), found.patch, models, about)
+        story = story_of(store, found, about)
     click.echo(as_text(story), nl=False)
     data = project_root() / configuration(env)["globals"]["data"]
     page = page or data / "08_reporting" / "lineage" / f"{found.name}-{found.version}.html"

@@ -57,6 +57,7 @@ DOES = {
     "blip2_stage1": "queries: ITC + ITM + ITG",
     "blip2_stage2": "a frozen language model: LM",
     "instructions": "questions by templates",
+    "question_answering": "LM on answers of a MED",
     "instruct_tuning": "LM on answers to instructions",
     "evaluation": "retrieval, captions, answers",
     "release": "gate, register",
@@ -327,8 +328,10 @@ def times(evidence: Evidence) -> Html:
     """Time and throughput per stage; columns nobody filled are left out."""
     if not evidence.stages:
         return note("No run records.")
+    total = sum(record["seconds"] for record in evidence.stages.values() if is_number(record.get("seconds")))
     columns: dict[str, Callable[[dict], str]] = {
         "time": seconds_of,
+        "share": lambda record: quantity(record.get("seconds"), "{:.0%}", 1 / total) if total else "",
         "samples/s": lambda record: quantity(fact(record, "samples_per_second"), "{:,.1f}"),
         "data wait": lambda record: quantity(fact(record, "data_wait_share"), "{:.1%}"),
         "share of peak FLOP/s": lambda record: quantity(fact(record, "mfu"), "{:.1%}"),
@@ -352,7 +355,8 @@ def models(evidence: Evidence) -> Html:
     rows = []
     for model in evidence.registered:
         cells = [str(model.get(key, "")) for key in ("name", "version", "alias", "stage")]
-        rows.append([*cells, verdict(decided.get(model["name"]))])
+        lineage = tag("a", "lineage", href=f"lineage/{model['name']}-{model['version']}.html")
+        rows.append([*cells, verdict(decided.get(model["name"])), lineage])
     promoted = [decision["name"] for decision in evidence.decisions if decision["promoted"]]
     name = promoted[0] if promoted else evidence.registered[0]["name"]
     alias = "champion" if promoted else evidence.registered[0].get("alias", "candidate")
@@ -362,11 +366,13 @@ def models(evidence: Evidence) -> Html:
     ]
     return tag(
         "div",
-        table(["model", "version", "alias", "from stage", "gate"], rows, texts=5),
+        table(["model", "version", "alias", "from stage", "gate", "made from"], rows, texts=6),
         rulings,
         tag("p", "Serve one over HTTP, open the page, or load it in Python:"),
         tag("pre", f"make serve NAME={name} ALIAS={alias}"),
         tag("pre", "make page"),
+        tag("p", "Curves, parameters and files of the run, and earlier versions:"),
+        tag("pre", ".venv/bin/mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db"),
         tag("pre", f'mlflow.pyfunc.load_model("models:/{name}@{alias}")'),
     )
 
