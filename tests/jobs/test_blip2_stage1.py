@@ -2,6 +2,7 @@
 changes no bit of it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -188,6 +189,15 @@ def test_a_damaged_cache_is_noticed_before_it_is_used(tmp_path: Path, data: dict
     file.write_bytes(content)
     with pytest.raises(StorageError, match=r"00000\.npy: content changed since it was written"):
         start(tmp_path, data, config(seed=1))
+
+
+def test_a_cache_that_does_not_fit_the_disk_is_not_begun(
+    tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match=r"need 4\.8 kB, free are 1\.0 kB; make room"):
+        start(tmp_path, data, config())
+    assert not list((tmp_path / ".cache").rglob("*.npy"))
 
 
 def test_a_tower_behind_a_stem_is_filled_from_the_stems_cache(tmp_path: Path, data: dict[str, Path]) -> None:

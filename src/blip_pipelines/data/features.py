@@ -25,7 +25,7 @@ from blip_pipelines.data.quality import index_path
 from blip_pipelines.data.storage import StorageError
 from blip_pipelines.data.transforms import ImageConfig, augment, to_pixels
 
-_INDEX = "index.json"
+INDEX = "index.json"
 _REMEDY = "remove the folder; the stage that uses it computes it again"
 
 # (B, 3, S, S) uint8, or float16 features of a cache below, -> (B, N, P) floating point
@@ -41,9 +41,9 @@ class FeatureCache:
         Raises:
             StorageError: the cache is missing, unfinished or damaged.
         """
-        index = storage.read_json(folder / _INDEX)
+        index = storage.read_json(folder / INDEX)
         if index.get("sha256") != _hash_of({name: value for name, value in index.items() if name != "sha256"}):
-            raise StorageError(f"{folder / _INDEX}: does not match its own hash; {_REMEDY}")
+            raise StorageError(f"{folder / INDEX}: does not match its own hash; {_REMEDY}")
         self.folder, self.identity = folder, index["identity"]
         self.views, self.tokens, self.width = index["shape"]
         self._files = [folder / entry["name"] for entry in index["files"]]
@@ -82,13 +82,13 @@ class FeatureCache:
             ValueError: features are not finite in float16.
         """
         folder, identity = _named(root, images, config, tower_hash)
-        if not (folder / _INDEX).exists():
+        if not (folder / INDEX).exists():
             entries = [_fill(folder, images, shard, config, encode, batch_images, below) for shard in _shards(images)]
             shapes = {tuple(entry.pop("shape")) for entry in entries}
             if len(shapes) != 1:
                 raise StorageError(f"{folder}: shards hold features of shapes {sorted(shapes)}; {_REMEDY}")
             index = {"identity": identity, "shape": shapes.pop(), "files": entries}
-            storage.write_json(folder / _INDEX, {**index, "sha256": _hash_of(index)})
+            storage.write_json(folder / INDEX, {**index, "sha256": _hash_of(index)})
         return cls(folder)
 
     def __len__(self) -> int:
@@ -161,7 +161,7 @@ def fill(
     `FeatureCache.create`, called when all have done theirs, finds the files and writes the index.
     """
     folder = _named(root, images, config, tower_hash)[0]
-    if not (folder / _INDEX).exists():
+    if not (folder / INDEX).exists():
         for shard in _shards(images)[part[0] :: part[1]]:
             _fill(folder, images, shard, config, encode, batch_images, below)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blip_pipelines.data import shards
-from blip_pipelines.data.features import FeatureCache, expected_bytes, fill, place
+from blip_pipelines.data.features import INDEX, FeatureCache, expected_bytes, fill, place
 from blip_pipelines.data.storage import StorageError, read_json, write_json
 from blip_pipelines.data.transforms import ImageConfig
 from blip_pipelines.training.distributed import World
@@ -84,7 +84,7 @@ def fill_features(images: Path, config: ImageConfig, encoder: FrozenEncoder, wor
     root, started = work.parent.parent / CACHE, time.perf_counter()
     folder = place(root, images, config, encoder.hash)
     encoder = encoder.to(world.device)
-    found, below = world.broadcast((folder / "index.json").exists()), None
+    found, below = world.broadcast((folder / INDEX).exists()), None
     if not found and (stem := getattr(encoder, "stem", None)) is not None:
         below = fill_features(images, config, stem, work, world)
     cache_below = below.cache if below else None
