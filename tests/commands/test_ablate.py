@@ -37,7 +37,7 @@ def configured():
 @pytest.mark.parametrize(("ablations", "run"), configured(), ids=[run.name for _, run in configured()])
 def test_each_configured_run_has_nodes_and_parameters_that_are_read(project, tmp_path, ablations, run):
     nodes = write_environment(run, 3, ablations.seeded, tmp_path)
-    assert {f"evaluate_{stage}" for stage in run.rows.values()} <= set(nodes)
+    assert all({f"evaluate_{stage}", f"ask_{stage}"} & set(nodes) for stage in run.rows.values())
     written = yaml.safe_load((tmp_path / "conf" / "parameters.yml").read_text())
     values = parameters.laid_over(base_parameters(), written)
     parameters.check_stages(values)
@@ -58,6 +58,13 @@ def test_a_run_reads_what_it_does_not_make_from_the_default_run_and_writes_elsew
     assert "ingest" not in nodes and "pretrain" not in nodes and "pretrain_bootstrapped" in nodes
     written = yaml.safe_load((tmp_path / "conf" / "parameters.yml").read_text())
     assert written == {"capfilt": {"write": {"seed": 0}, "rule": {"synthetic": False}}}
+
+
+def test_a_data_set_can_be_read_in_place_of_another(project, tmp_path):
+    instead = {"med_bootstrapped_model": "med_pretraining_model"}
+    write_environment(Run(("blip2_stage1",), {"before": "blip2_stage1"}, instead=instead), 0, (), tmp_path)
+    catalog = yaml.safe_load((tmp_path / "conf" / "catalog.yml").read_text())
+    assert catalog["med_bootstrapped_model"]["filepath"] == "data/06_models/med_pretraining"
 
 
 def test_a_comparison_with_no_row_is_refused(tmp_path):

@@ -94,14 +94,18 @@ def write_environment(run: "Run", seed: int, seeded: tuple[str, ...], folder: Pa
     from blip_pipelines.tracking.dvc import catalog_entries
 
     chosen = sum((pipelines[stage] for stage in run.stages), start=pipelines["__default__"].only_nodes())
-    chosen += pipelines["evaluation"].only_nodes(*(f"evaluate_{stage}" for stage in run.rows.values()))
+    evaluators = {node.name: node for node in pipelines["evaluation"].nodes}
+    measured = {stage: evaluators.get(f"evaluate_{stage}") or evaluators[f"ask_{stage}"] for stage in run.rows.values()}
+    chosen += pipelines["evaluation"].only_nodes(*(node.name for node in measured.values()))
     base = OmegaConfigLoader("conf", base_env="base", default_run_env="base")["catalog"]
-    entries = catalog_entries(base, chosen.inputs())
+    entries = catalog_entries(base, chosen.inputs() | set(run.instead.values()))
+    entries |= {name: entries[other] for name, other in run.instead.items()}
     # What others made is read where they left it; places are where this run writes, and stay in its own folder.
     catalog = {name: entry for name, entry in entries.items() if "filepath" in entry}
-    for stage in run.rows.values():
+    for stage, node in measured.items():
+        _predictions, measures, _record = node.outputs
         path = measures_file(folder, stage).as_posix()
-        catalog[f"{stage}_measures"] = {"type": "blip_pipelines.pipelines.datasets.Json", "filepath": path}
+        catalog[measures] = {"type": "blip_pipelines.pipelines.datasets.Json", "filepath": path}
     parameters: dict[str, Any] = {}
     for name, value in {**dict.fromkeys(seeded, seed), **run.parameters}.items():
         *blocks, key = name.split(".")

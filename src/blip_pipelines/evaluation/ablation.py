@@ -20,11 +20,13 @@ class Run:
         stages: that run; whatever else they need is the default run's.
         rows: by the name of a line, the stage whose measures it shows.
         parameters: by dotted name, laid over conf/base.
+        instead: data sets of the catalog that are read in place of others, as {theirs: what is read}.
     """
 
     stages: tuple[str, ...]
     rows: dict[str, str]
     parameters: dict[str, Any] = field(default_factory=dict)
+    instead: dict[str, str] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
 
     @property
@@ -96,7 +98,9 @@ def collect(tables: Mapping[str, Table], root: Path) -> dict[str, Any]:
 
 
 def _predictions(folder: Path, stage: str) -> Path:
-    return folder / "07_model_output" / stage
+    """Of captions and queries, or answers."""
+    answers = folder / "07_model_output" / f"{stage}_answers"
+    return answers if answers.exists() else answers.with_name(stage)
 
 
 def _means(row: str, measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
