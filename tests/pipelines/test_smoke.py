@@ -13,7 +13,7 @@ PACKAGES = ROOT / "data" / "01_raw" / "packages"
 SMOKE = ("kedro", "run", "--env", "smoke")
 STAGES = (
     *("ingestion", "med_pretraining", "capfilt", "med_bootstrapped", "blip2_stage1", "blip2_stage2"),
-    *("instructions", "evaluation", "release"),
+    *("instructions", "instruct_tuning", "evaluation", "release"),
 )
 
 
@@ -59,11 +59,17 @@ def test_whole_chain_leaves_models_predictions_page_and_numbers(project):
         "blip2_stage1/cider/combo",
         "blip2_stage2/cider/combo",
         "blip2_stage2/bleu4_nucleus/image",
+        "blip2_stage2/accuracy/held_out",
+        "instruct_tuning/accuracy/held_in",
+        "instruct_tuning/majority/held_out",
+        "instruct_tuning/accuracy_over_blip2_stage2_low/held_in",
     } <= summary.keys()
     assert "<html" in (reporting / "report.html").read_text("utf-8").lower()
     assert (project.data / "06_models" / "med_pretraining" / "captioning" / "model.safetensors").exists()
     assert (project.data / "06_models" / "blip2_stage1" / "retrieval" / "model.safetensors").exists()
     assert (project.data / "06_models" / "blip2_stage2" / "generation" / "model.safetensors").exists()
+    assert (project.data / "06_models" / "instruct_tuning" / "instruct" / "model.safetensors").exists()
+    assert (project.data / "07_model_output" / "instruct_tuning_answers" / "predictions_answers.parquet").exists()
     assert (project.data / "07_model_output" / "blip2_stage2" / "predictions_captions.parquet").exists()
     assert (project.data / "07_model_output" / "med_pretraining" / "predictions_retrieval.parquet").exists()
     assert (project.data / "07_model_output" / "blip2_stage1" / "attention.parquet").exists()
@@ -103,6 +109,6 @@ def test_registered_models_are_asked_by_alias(project, runs):
 
     store, _ = runs
     mlflow.set_tracking_uri(store.uri)
-    for name in ("blip-captioner", "blip-retriever", "blip-filter", "blip2"):
+    for name in ("blip-captioner", "blip-retriever", "blip-filter", "blip2", "instructblip"):
         model = mlflow.pyfunc.load_model(f"models:/{name}@candidate")
         assert len(model.predict(pd.DataFrame(model.input_example))) == 1
