@@ -115,17 +115,13 @@ def compare_answers(
 
 
 def compare_models(
-    parameters: dict[str, Any],
-    answers: dict[str, float],
-    answers_records: dict[str, dict[str, Any]],
-    *parts: Any,
-    stages: tuple[str, ...],
+    parameters: dict[str, Any], *parts: Any, stages: tuple[str, ...]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """All measures together, and whether each later model is better than the one of the first stage.
 
     Args:
-        answers, answers_records: what `compare_answers` found, and the run records of that.
-        parts: for each of `stages` its predictions, then for each its measures, then for each its run record.
+        parts: for each of `stages` its predictions, then for each its measures, then for each its run record; then, of
+            models that answer, what `compare_answers` gave.
 
     Returns:
         Flat measures, with `<stage>/<metric>_over_<first stage>/<subset>` and its ends `_low` and `_high`; the run
@@ -135,7 +131,8 @@ def compare_models(
 
     started, config = time.monotonic(), read_parameters(parameters).config
     count = len(stages)
-    predictions, measures, records = parts[:count], parts[count : 2 * count], parts[2 * count :]
+    predictions, measures, records = parts[:count], parts[count : 2 * count], parts[2 * count : 3 * count]
+    answers, answers_records = parts[3 * count :] or ({}, {})
     metrics = {name: value for each in (answers, *measures) for name, value in each.items()}
     for stage, folder in zip(stages[1:], predictions[1:], strict=True):
         for (metric, subset), found in compare(folder, predictions[0], config.bootstrap_draws, config.seed).items():

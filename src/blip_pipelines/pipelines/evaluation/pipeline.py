@@ -48,8 +48,9 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
     compared = Node(
         with_known(compare_models, stages=stages),
         [
-            *("params:evaluation", "answers_compared", "answer_records"),
+            "params:evaluation",
             *(f"{stage}_{part}" for part in ("predictions", "measures", "evaluation_record") for stage in stages),
+            *("answers_compared", "answer_records"),
         ],
         ["evaluation_metrics", "evaluation_run"],
         name="compare_models",
