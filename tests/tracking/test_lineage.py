@@ -143,7 +143,7 @@ def test_a_caption_is_looked_up_in_the_version_that_is_asked_not_in_the_project_
         next(line for line in said.splitlines() if "image   " in line and "3.png" in line) for said in (first, third)
     ]
     assert keys[0] != keys[1]
-    assert f"\u201c{text}\u201d in pairs" in first and "not a model: human" in first and "never judged" in first
+    assert f"\u201c{text}\u201d in pairs" in first and "not a model: web" in first and "never judged" in first
     nothing = lineage(project, "1", "--caption", "nobody wrote this")
     assert "no caption table of this version has 'nobody wrote this'" in nothing
 
