@@ -1,4 +1,4 @@
-"""`kedro data info | preview | lint`: look at a source or a data set before anything trains on it."""
+"""`kedro data ...`: look at a source or a data set before anything trains on it; bring data and models to S3."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -75,6 +75,38 @@ def lint(name: str, docs: Path | None, env: str) -> None:
         mark = "kept" if result.passed else {"warn": "WARNS"}.get(result.severity, result.severity)
         click.echo(f"{mark:6}{result.rule}" if result.passed else f"{mark:6}{result}")
     click.echo(f"{docs / 'index.html'}: every rule, table by table")
+
+
+@data.command()
+@click.argument("url")
+@click.option("--keep", is_flag=True, help="Leave the shards on the disk too, unused.")
+@env_option
+def offload(url: str, keep: bool, env: str) -> None:
+    """Move the image shards to URL, s3://bucket/folder; training reads them through the cache from then on."""
+    from blip_pipelines.data.offload import offload as move
+
+    with _errors():
+        _report(move(_path("images", env), url, _ingestion(env).source.s3, keep))
+
+
+@data.command()
+@click.argument("name")
+@click.argument("url")
+@env_option
+def send(name: str, url: str, env: str) -> None:
+    """Store what the catalog has as NAME (a model, the report, ...) at URL, s3://bucket/folder."""
+    from blip_pipelines.data.offload import send as store
+
+    with _errors():
+        path = _path(name, env)
+        if not path.exists():
+            raise click.ClickException(f"{path}: missing; run the stage that writes it")
+        _report(store(path, url, _ingestion(env).source.s3))
+
+
+def _report(stored: Iterator[tuple[str, int]]) -> None:
+    for url, size in stored:
+        click.echo(f"{url}  {size:,} bytes")
 
 
 @contextmanager

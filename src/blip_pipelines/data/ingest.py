@@ -122,11 +122,14 @@ def ingest(source: Source | ArchiveSource, config: IngestionConfig, out: DataSet
         units, lost = _plan(source, config)
         jobs = _jobs(units, source.readers, config, out.images)
     written = do_jobs(jobs, config.workers)
-    places = {shards.shard_name(job.number): job.url for job in jobs if job.url is not None}
+    in_place = {shards.shard_name(job.number): job.url for job in jobs if job.url is not None}
+    offloaded = shards.read_places(out.images)[0]
+    urls = {**offloaded, **in_place}
     names = {shard.name for shard in written}
     images_hash = shards.write_manifest(out.images, written)
-    shards.write_places(out.images, {name: url for name, url in places.items() if name in names}, config.source.s3)
-    _keep_only(out.images, {job.index_path.name for job in jobs} | (names - places.keys()))
+    places = {name: url for name, url in urls.items() if name in names and not (out.images / name).exists()}
+    shards.write_places(out.images, places, config.source.s3)
+    _keep_only(out.images, {job.index_path.name for job in jobs} | (names - in_place.keys()))
 
     with _Quarantine(out.quarantine, source.name) as quarantine:
         for row in lost:

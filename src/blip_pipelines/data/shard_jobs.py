@@ -31,7 +31,7 @@ from PIL import Image
 from blip_pipelines import config as strict
 from blip_pipelines.data import images, quality, shards, storage
 from blip_pipelines.data.images import ImageLimits
-from blip_pipelines.data.object_store import ObjectStoreError
+from blip_pipelines.data.object_store import ObjectStore, ObjectStoreError
 from blip_pipelines.data.records import Refused
 from blip_pipelines.data.shards import Shard, ShardWriter
 from blip_pipelines.data.sources import Archive, Quarantined
@@ -261,6 +261,14 @@ def _is_done(job: ShardJob) -> bool:
         if pq.read_schema(job.index_path).metadata[b"plan"].decode() != job.plan:
             return False
         written = [s for s in _read_shards(job) if job.url is None or s.name != shards.shard_name(job.number)]
-        return all(storage.sha256_file(job.folder / shard.name) == shard.sha256 for shard in written)
+        elsewhere, config = shards.read_places(job.folder)
+        return all(
+            ObjectStore(config).about(elsewhere[shard.name]).size == shard.bytes
+            if shard.name in elsewhere and not (job.folder / shard.name).exists()
+            else storage.sha256_file(job.folder / shard.name) == shard.sha256
+            for shard in written
+        )
+    except ObjectStoreError:
+        raise
     except (OSError, pa.ArrowException, KeyError, TypeError):  # absent, damaged or by another hand
         return False
