@@ -11,6 +11,7 @@ from blip_pipelines.data.tokens import prune_vocabulary
 from blip_pipelines.jobs import score_pairs
 from blip_pipelines.models.exports import export_med
 from blip_pipelines.models.med import Med
+from blip_pipelines.models.question_answering import KIND, QuestionAnswering
 from blip_pipelines.models.stem import Stem, convolutions
 
 
@@ -24,6 +25,19 @@ def export_tiny_med(folder: Path, stem: Stem | None = None, image_size: int = 8)
         for layer in med.text_encoder.layers:
             layer.crossattention.output.dense.weight.mul_(8)
     export_med(med, folder, tokenizer, {"size": image_size}, stem=stem)
+    return folder
+
+
+def export_tiny_answering(folder: Path, stem: Stem | None = None, image_size: int = 8) -> Path:
+    """A random MED that answers questions, likewise."""
+    tokenizer, _ = prune_vocabulary(tokenizer_json(), WORDS)
+    config = tiny_config(image_width=16, text_width=16, stem=stem is not None)
+    text = replace(config.text.fit(tokenizer), max_positions=24)
+    model = QuestionAnswering(Med(replace(config, text=text), 3))
+    with torch.no_grad():
+        for layer in (*model.text_encoder.layers, *model.text_decoder.bert.layers):
+            layer.crossattention.output.dense.weight.mul_(8)
+    export_med(model, folder, tokenizer, {"size": image_size}, stem=stem, kinds=(KIND,))
     return folder
 
 

@@ -69,7 +69,27 @@ class Project:
             training={"steps": 2, "batch_samples_global": 8, "precision": "float32"},
             launch={"mode": "inline"},
         )
-        self.edit("evaluation", subsets=["all"], bootstrap_draws=100)
+        few = {"steps": 2, "batch_samples_global": 8, "precision": "float32"}
+        caption = {"table": "captions", "templates": "captioning", "task": "captioning", "metric": "cider"}
+        choice = {"table": "captions", "templates": "choice", "task": "choice", "metric": "exact_match"}
+        self.edit(
+            "instructions",
+            facts=None,
+            data_sets={
+                "caption": {**caption, "role": "held_in"},
+                "choice": {**choice, "role": "held_out", "ask": {"kind": "choice", "about": "caption"}},
+            },
+        )
+        self.edit("question_answering", limits={"question": 40, "answer": 12}, training=few, launch={"mode": "inline"})
+        limits, prompting = {"instruction": 64, "question": 40}, {"prompt": "{image} {instruction}", "chat": False}
+        self.edit("instruct_tuning", prompting=prompting, limits=limits, training=few, launch={"mode": "inline"})
+        self.edit(
+            "evaluation",
+            subsets=["all"],
+            bootstrap_draws=100,
+            questions={"prompting": prompting, "limits": limits, "rows": 2, "bootstrap_draws": 100},
+            med_questions={"limits": {"question": 40, "answer": 12}, "rows": 2, "bootstrap_draws": 100},
+        )
 
     def photo(self, number: int) -> Path:
         return self.root / "data" / "01_raw" / "photos" / f"{number}.png"

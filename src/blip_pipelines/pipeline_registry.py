@@ -17,6 +17,7 @@ from blip_pipelines.pipelines.instruct_tuning.pipeline import create_pipeline as
 from blip_pipelines.pipelines.instructions.pipeline import create_pipeline as instructions
 from blip_pipelines.pipelines.med_bootstrapped.pipeline import create_pipeline as med_bootstrapped
 from blip_pipelines.pipelines.med_pretraining.pipeline import create_pipeline as med_pretraining
+from blip_pipelines.pipelines.question_answering.pipeline import create_pipeline as question_answering
 from blip_pipelines.pipelines.release.pipeline import create_pipeline as release
 from blip_pipelines.pipelines.rounds import configured_rounds, in_round
 
@@ -29,6 +30,7 @@ def register_pipelines() -> dict[str, Pipeline]:
         stages[in_round("capfilt", number)] = capfilt(number)
         stages[in_round("med_bootstrapped", number)] = med_bootstrapped(number)
     stages |= {"blip2_stage1": blip2_stage1(rounds), "blip2_stage2": blip2_stage2(rounds)}
-    stages |= {"instructions": instructions(), "instruct_tuning": instruct_tuning()}
+    stages |= {"instructions": instructions(), "question_answering": question_answering(rounds)}
+    stages |= {"instruct_tuning": instruct_tuning()}
     stages |= {"evaluation": evaluation(rounds), "release": release(rounds)}
     return {**stages, "__default__": sum(stages.values(), Pipeline([]))}

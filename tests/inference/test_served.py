@@ -8,7 +8,7 @@ import pytest
 import torch
 from blip2_job_samples import export_stage1, export_stage2
 from data_samples import picture
-from inference_samples import export_tiny_med, random_stem
+from inference_samples import export_tiny_answering, export_tiny_med, random_stem
 from instruct_samples import export_tuned
 from mlflow.exceptions import MlflowException
 
@@ -21,6 +21,7 @@ from blip_pipelines.inference.language_decoder import write_captions
 from blip_pipelines.inference.served import SERVED, Captioner, Retriever
 from blip_pipelines.inference.served_blip2 import Blip2Captioner
 from blip_pipelines.inference.served_instructblip import Instructed
+from blip_pipelines.inference.served_vqa import Questioned
 from blip_pipelines.models.blip2_exports import load_blip2
 from blip_pipelines.models.exports import load_med
 
@@ -238,11 +239,30 @@ def test_what_instructblip_cannot_be_asked_is_refused_by_row(instructed, blip2_f
 
 
 @pytest.fixture(scope="module")
-def logged(folder, blip2_folder, tuned_folder, tmp_path_factory):
+def answering_folder(tmp_path_factory):
+    return export_tiny_answering(tmp_path_factory.mktemp("answering"))
+
+
+def test_a_med_answers_in_words_or_by_one_of_the_candidates(answering_folder):
+    served = loaded(Questioned(), answering_folder)
+    found = served.predict(None, ASKED, {"max_tokens": 6})
+    assert isinstance(found["answer"][0], str) and found["scores"][0] is None
+    for row, candidates in ((1, ASKED["candidates"][1]), (2, ASKED["candidates"][2])):
+        assert found["answer"][row] == candidates[int(np.argmax(found["scores"][row]))]
+    pictures = torch.from_numpy(np.stack([to_pixels(decode(PICTURES[row], limits=None), 8) for row in (0, 1, 0)]))
+    asked = ASKED["instruction"].tolist(), ASKED["candidates"].tolist()
+    expected = served.answerer({"num_beams": 3, "min_tokens": 1, "max_tokens": 6}).answer(pictures[:, None], *asked)
+    assert found["answer"].tolist() == [answer.text for answer in expected]
+    with pytest.raises(MlflowException, match="num_beams: 99"):
+        served.predict(None, ASKED, {"num_beams": 99})
+
+
+@pytest.fixture(scope="module")
+def logged(folder, blip2_folder, tuned_folder, answering_folder, tmp_path_factory):
     """The models as MLflow stores them, without a tracking server."""
     import mlflow
 
-    places, folders = {}, {"blip2": blip2_folder, "instructblip": tuned_folder}
+    places, folders = {}, {"blip2": blip2_folder, "instructblip": tuned_folder, "blip-vqa": answering_folder}
     for name, how in SERVED.items():
         places[name] = tmp_path_factory.mktemp("served") / name
         mlflow.pyfunc.save_model(
@@ -289,7 +309,8 @@ def test_requests_in_json_are_answered_as_the_scoring_server_does(logged):
             ]
         },
     }
-    answers = {"blip-retriever": "match_probabilities", "instructblip": "scores"}
+    requests["blip-vqa"] = requests["instructblip"]
+    answers = {"blip-retriever": "match_probabilities", "instructblip": "scores", "blip-vqa": "scores"}
     for name, request in requests.items():
         client = TestClient(init(mlflow.pyfunc.load_model(str(logged[name]))))
         answer = client.post("/invocations", json=request)

@@ -3,7 +3,7 @@ import safetensors.torch
 import torch
 from blip2_samples import tiny_language, tiny_qformer_config, vit_folder
 from data_samples import WORDS, tokenizer_json
-from inference_samples import export_tiny_med, random_stem
+from inference_samples import export_tiny_answering, export_tiny_med, random_stem
 
 from blip_pipelines.data.storage import read_json, sha256_file, write_json
 from blip_pipelines.data.tokens import prune_vocabulary
@@ -20,6 +20,13 @@ def test_an_export_says_in_stock_classes_what_it_says_in_ours(tmp_path, stem):
     differences = reload_differences(folder)
     assert differences.keys() == {"retrieval", "captioning"}
     assert max(differences.values()) < 1e-4
+
+
+@pytest.mark.parametrize("stem", [None, 128], ids=["pixels", "stem"])
+def test_a_med_that_answers_questions_is_reloaded(tmp_path, stem):
+    folder = export_tiny_answering(tmp_path, random_stem() if stem else None, stem or 8)
+    differences = reload_differences(folder)
+    assert differences.keys() == {"question_answering"} and differences["question_answering"] < 1e-4
 
 
 def test_a_weight_that_stock_does_not_know_is_told(tmp_path):

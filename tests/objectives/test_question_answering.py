@@ -64,6 +64,14 @@ def test_only_answers_are_asked_for():
     assert task(changed, 0)["loss"].item() == pytest.approx(loss, rel=1e-12)
 
 
+def test_per_token_an_answer_counts_whatever_its_length():
+    whole = batch()
+    tokens = whole.token_mask[:, 1:].sum(1)
+    by_hand = type(whole)(**{**vars(whole), "weights": whole.weights / tokens})
+    expected = make_task()(by_hand, 0)["loss"].item()
+    assert make_task(per_token=True)(whole, 0)["loss"].item() == pytest.approx(expected)
+
+
 def test_a_heavier_answer_pulls_harder():
     task, whole = make_task(label_smoothing=0.0), batch()
     double = type(whole)(**{**vars(whole), "weights": whole.weights * 2})

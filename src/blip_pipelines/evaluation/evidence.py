@@ -21,6 +21,7 @@ STAGES = (
     "capfilt",
     "med_bootstrapped",
     "instructions",
+    "question_answering",
     "blip2_stage1",
     "blip2_stage2",
     "instruct_tuning",

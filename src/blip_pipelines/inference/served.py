@@ -1,10 +1,11 @@
 """The models people are served: MLflow "models from code" over an exported folder.
 
 `blip-captioner` writes a caption for an image, `blip2` does through a language model (`served_blip2`); `instructblip`
-answers what it is asked about one (`served_instructblip`). `blip-retriever` embeds images and texts in one space, and
-scores candidate texts for an image by ITC and ITM. MLflow stores the folder and a file of two lines that makes the
-model; the code itself comes from the installed package. Images arrive as base64 text (a data URI may stand before it)
-or as bytes, and are untrusted: what cannot be decoded is refused by row and reason.
+answers what it is asked about one (`served_instructblip`), and so does `blip-vqa`, a MED (`served_vqa`).
+`blip-retriever` embeds images and texts in one space, and scores candidate texts for an image by ITC and ITM. MLflow
+stores the folder and a file of two lines that makes the model; the code itself comes from the installed package. Images
+arrive as base64 text (a data URI may stand before it) or as bytes, and are untrusted: what cannot be decoded is refused
+by row and reason.
 """
 
 import base64
@@ -13,6 +14,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ __all__ = [
     "SERVED",
     "CaptionWriter",
     "Captioner",
+    "ParamSchema",
     "PythonModel",
     "Retriever",
     "Served",
@@ -225,6 +228,13 @@ INSTRUCTED_PARAMETERS = ParamSchema(
         ParamSpec("per_token", DataType.boolean, False),
     ]
 )
+VQA_PARAMETERS = ParamSchema(
+    [
+        ParamSpec("num_beams", DataType.long, 3),
+        ParamSpec("min_tokens", DataType.long, 1),
+        ParamSpec("max_tokens", DataType.long, 10),
+    ]
+)
 RETRIEVER_OUTPUTS = ["image_embedding", "text_embedding", "similarities", "match_probabilities"]
 
 
@@ -242,7 +252,7 @@ class Served:
         return [f"{name}=={metadata.version(name).split('+')[0]}" for name in REQUIREMENTS]
 
 
-def _instructed_signature() -> ModelSignature:
+def _answering_signature(parameters: ParamSchema) -> ModelSignature:
     inputs = Schema(
         [
             *(ColSpec(DataType.string, name) for name in ("image", "instruction")),
@@ -250,7 +260,7 @@ def _instructed_signature() -> ModelSignature:
         ]
     )
     outputs = Schema([ColSpec(DataType.string, "answer"), ColSpec(Array(DataType.double), "scores", required=False)])
-    return ModelSignature(inputs, outputs, INSTRUCTED_PARAMETERS)
+    return ModelSignature(inputs, outputs, parameters)
 
 
 def _captioner_signature() -> ModelSignature:
@@ -292,8 +302,13 @@ SERVED = {
 SERVED["blip2"] = replace(SERVED["blip-captioner"], code=Path(__file__).with_name("serve_blip2.py"))
 SERVED["instructblip"] = Served(
     Path(__file__).with_name("serve_instructblip.py"),
-    _instructed_signature,
+    partial(_answering_signature, INSTRUCTED_PARAMETERS),
     lambda: pd.DataFrame({"image": [example_image()], "instruction": ["Is it red?"], "candidates": [["yes", "no"]]}),
+)
+SERVED["blip-vqa"] = replace(
+    SERVED["instructblip"],
+    code=Path(__file__).with_name("serve_vqa.py"),
+    signature=partial(_answering_signature, VQA_PARAMETERS),
 )
 SERVED["blip-filter"] = SERVED["blip-retriever"]  # asked in the same way; its match probabilities are what it is for
 

@@ -1,19 +1,23 @@
-"""InstructBLIP as people are served it: a picture and an instruction in, an answer out."""
+"""Models that answer as people are served them: a picture and an instruction in, an answer out."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.instruction_tokens import INSTRUCTION, InstructionTokens, TokenLimits
 from blip_pipelines.data.storage import StorageError
 from blip_pipelines.inference.answering import AnswerConfig, Answerer
+from blip_pipelines.inference.question_answering import MedAnswerer
 from blip_pipelines.inference.served import (
     INSTRUCTED_PARAMETERS,
     MAX_BEAMS,
+    ParamSchema,
     PythonModel,
     batches_of,
     column_of,
@@ -29,13 +33,65 @@ MAX_TOKENS = 256
 MAX_CANDIDATES = 2_000
 
 
-class Instructed(PythonModel):
+class Answering(PythonModel):
     """One answer per row.
 
-    Row: `image`, `instruction`, and optionally `candidates`, of which the answer is then the likeliest. Parameters:
-    `num_beams`, `min_tokens`, `max_tokens`, `length_penalty` and `repetition_penalty` of an answer that is written,
-    `per_token` of a ranking. Returns `answer`, and of a row with candidates `scores`, their log-probabilities.
+    Row: `image`, `instruction`, and optionally `candidates`, of which the answer is then the likeliest. Returns
+    `answer`, and of a row with candidates `scores`, their log-probabilities.
     """
+
+    parameters: ParamSchema
+
+    def answerer(self, settings: dict[str, Any]) -> Answerer | MedAnswerer:
+        """What answers by values of `parameters`.
+
+        Raises:
+            ConfigError: they cannot be.
+        """
+        raise NotImplementedError
+
+    def see(self, contents: list[bytes], rows: Sequence[int]) -> Tensor:
+        """(B, ...) encoded files as the answerer reads them; `rows` number them in messages."""
+        raise NotImplementedError
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        answerer = self._answerer({**defaults_of(self.parameters), **(params or {})})
+        images, instructions = (column_of(model_input, name, required=True) for name in ("image", "instruction"))
+        candidates = [
+            None if each is None else [str(text) for text in each] for each in column_of(model_input, "candidates")
+        ]
+        for row, (instruction, each) in enumerate(zip(instructions, candidates, strict=True)):
+            if not isinstance(instruction, str) or not instruction.strip():
+                raise refuse(row, "instruction", "missing; say what is asked")
+            if each is not None and not 0 < len(each) <= MAX_CANDIDATES:
+                raise refuse(row, "candidates", f"{len(each)} of them; give 1 to {MAX_CANDIDATES}, or leave them out")
+        answers: list[dict[str, Any]] = []
+        for rows in batches_of(np.arange(len(model_input))):
+            pixels = self.see([image_bytes(images[row], row) for row in rows], rows)[:, None]
+            asked = [instructions[row] for row in rows], [candidates[row] for row in rows]
+            for answer in answerer.answer(pixels, *asked):
+                scores = None if answer.scores is None else answer.scores.tolist()
+                answers.append({"answer": answer.text, "scores": scores})
+        return pd.DataFrame(answers, columns=["answer", "scores"])
+
+    def _answerer(self, settings: dict[str, Any]) -> Answerer | MedAnswerer:
+        for name, bound in ("num_beams", MAX_BEAMS), ("max_tokens", MAX_TOKENS):
+            if settings[name] > bound:
+                raise invalid(f"{name}: {settings[name]} is over {bound}")
+        try:
+            return self.answerer(settings)
+        except ConfigError as error:
+            raise invalid(str(error)) from error
+
+
+class Instructed(Answering):
+    """InstructBLIP.
+
+    Parameters: `num_beams`, `min_tokens`, `max_tokens`, `length_penalty` and `repetition_penalty` of an answer that is
+    written, `per_token` of a ranking.
+    """
+
+    parameters = INSTRUCTED_PARAMETERS
 
     def load_context(self, context: Any) -> None:
         """Load the exported folder; MLflow calls this by keyword, so `context` keeps its name."""
@@ -48,33 +104,8 @@ class Instructed(PythonModel):
         limits = TokenLimits(question=min(TokenLimits.question, exported.former.config.text.max_positions))
         self.tokens = InstructionTokens(self.model.language.tokenizer, self.model.place, exported.tokenizer, limits)
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        answerer = Answerer(self.model, self.tokens, _config({**defaults_of(INSTRUCTED_PARAMETERS), **(params or {})}))
-        images, instructions = (column_of(model_input, name, required=True) for name in ("image", "instruction"))
-        candidates = [
-            None if each is None else [str(text) for text in each] for each in column_of(model_input, "candidates")
-        ]
-        for row, (instruction, each) in enumerate(zip(instructions, candidates, strict=True)):
-            if not isinstance(instruction, str) or not instruction.strip():
-                raise refuse(row, "instruction", "missing; say what is asked")
-            if each is not None and not 0 < len(each) <= MAX_CANDIDATES:
-                raise refuse(row, "candidates", f"{len(each)} of them; give 1 to {MAX_CANDIDATES}, or leave them out")
-        answers: list[dict[str, Any]] = []
-        for rows in batches_of(np.arange(len(model_input))):
-            contents = [image_bytes(images[row], row) for row in rows]
-            pixels = read_pixels(contents, rows, self.size).to(self.device)[:, None]
-            asked = [instructions[row] for row in rows], [candidates[row] for row in rows]
-            for answer in answerer.answer(pixels, *asked):
-                scores = None if answer.scores is None else answer.scores.tolist()
-                answers.append({"answer": answer.text, "scores": scores})
-        return pd.DataFrame(answers, columns=["answer", "scores"])
+    def answerer(self, settings: dict[str, Any]) -> Answerer:
+        return Answerer(self.model, self.tokens, AnswerConfig(beams=settings.pop("num_beams"), **settings))
 
-
-def _config(settings: dict[str, Any]) -> AnswerConfig:
-    for name, bound in ("num_beams", MAX_BEAMS), ("max_tokens", MAX_TOKENS):
-        if settings[name] > bound:
-            raise invalid(f"{name}: {settings[name]} is over {bound}")
-    try:
-        return AnswerConfig(beams=settings.pop("num_beams"), **settings)
-    except ConfigError as error:
-        raise invalid(str(error)) from error
+    def see(self, contents: list[bytes], rows: Sequence[int]) -> Tensor:
+        return read_pixels(contents, rows, self.size).to(self.device)

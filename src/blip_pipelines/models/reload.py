@@ -4,6 +4,7 @@ Differences are the largest absolute ones over all outputs, on pictures and text
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from blip_pipelines.data.instruction_tokens import InstructionTokens, TokenLimits
 from blip_pipelines.data.tokens import CaptionTokenizer
+from blip_pipelines.models import question_answering
 from blip_pipelines.models.blip2_exports import load_blip2
 from blip_pipelines.models.exports import BLIP2_NOTE, NOTE, STOCK, load_med, quietly
+from blip_pipelines.models.med import with_first
 from blip_pipelines.models.stem import lay_out
 
 TEXTS = ("a picture of it", "one", "what this is", "here is a house")
@@ -49,6 +52,8 @@ def _reload(stock: Any, folder: Path) -> Any:
 
 
 def _med(folder: Path) -> Mapping[str, Callable[[], float]]:
+    if (folder / question_answering.KIND).is_dir():
+        return {question_answering.KIND: partial(_answering, folder)}
     exported = load_med(folder)
     med, tokenizer = exported.med, exported.tokenizer
     assert tokenizer is not None
@@ -81,6 +86,25 @@ def _med(folder: Path) -> Mapping[str, Callable[[], float]]:
 
     checks = {"retrieval": retrieval, "captioning": captioning}
     return {kind: check for kind, check in checks.items() if (folder / kind).is_dir()}
+
+
+@torch.no_grad()
+def _answering(folder: Path) -> float:
+    """Of questions and answers without padding, as the stock class attends to the padding of questions."""
+    exported = question_answering.load_question_answering(folder)
+    model, tokenizer = exported.model, exported.tokenizer
+    stock = _reload(STOCK[question_answering.KIND], folder / question_answering.KIND)
+    pixels, ids = _pictures(exported.image["size"]), _texts(tokenizer, min(MAX_TOKENS, model.config.text.max_positions))
+    question_ids = answer_ids = ids[0][1:]
+    seen = lay_out(exported.stem(pixels)) if exported.stem else _normalised(pixels, model.config.vision)
+    image = model.encode_image(exported.stem(pixels) if exported.stem else pixels)
+    question = model.read_question(image[1:], question_ids, ids[1][1:])
+    led = stock.text_encoder(
+        input_ids=with_first(question_ids, tokenizer.enc),
+        encoder_hidden_states=stock.vision_model(seen[1:]).last_hidden_state,
+    )[0]
+    logits = stock.text_decoder(input_ids=with_first(answer_ids, tokenizer.dec), encoder_hidden_states=led).logits
+    return _gap(model.decode_logits(answer_ids, None, question), logits)
 
 
 def _blip2(folder: Path) -> Mapping[str, Callable[[], float]]:

@@ -2,7 +2,9 @@
 
 Picture and question are read once, whatever the number of answers. The value of the whole global batch is
 
-    sum over answers of weight * negative log-likelihood of the answer's tokens / number of questions.
+    sum over answers of weight * negative log-likelihood of the answer's tokens / number of questions,
+
+or, with `per_token`, the same of its mean token.
 
 Every value that `forward` returns is a *share* of it: they add up over ranks and micro-steps.
 
@@ -22,9 +24,15 @@ from blip_pipelines.models.question_answering import QuestionAnswering
 
 @dataclass(frozen=True)
 class AnswerLossConfig:
-    """Constants of the objective; the default is BLIP's."""
+    """Constants of the objective; the defaults are BLIP's.
+
+    Args:
+        per_token: an answer counts by the mean over its tokens in place of their sum, so that long ones, such as
+            captions, do not outweigh a yes.
+    """
 
     label_smoothing: float = 0.1
+    per_token: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing <= 1:
@@ -54,5 +62,8 @@ class AnswerTraining(nn.Module):
         logits_RV = at_least_float32(self.model.lm_head(hidden_ATD[answer_R, place_R]))
         asked_R = batch.token_ids[:, 1:][answer_R, place_R]
         loss_R = cross_entropy(logits_RV, asked_R, reduction="none", label_smoothing=self.config.label_smoothing)
-        loss = (loss_R * batch.weights[answer_R]).sum() / batch.samples
+        weights_A = batch.weights
+        if self.config.per_token:
+            weights_A = weights_A / batch.token_mask[:, 1:].sum(1)
+        loss = (loss_R * weights_A[answer_R]).sum() / batch.samples
         return {"loss": loss, "lm": loss.detach()}

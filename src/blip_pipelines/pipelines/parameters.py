@@ -21,6 +21,7 @@ STAGES = (
     "blip2_stage1",
     "blip2_stage2",
     "instructions",
+    "question_answering",
     "instruct_tuning",
     "evaluation",
     "release",

@@ -13,6 +13,7 @@ MED_JOB = "blip_pipelines.jobs.evaluate_med"
 STAGE1_JOB = "blip_pipelines.jobs.evaluate_blip2_stage1"
 STAGE2_JOB = "blip_pipelines.jobs.evaluate_blip2_stage2"
 QUESTIONS_JOB = "blip_pipelines.jobs.evaluate_instructions"
+MED_QUESTIONS_JOB = "blip_pipelines.jobs.evaluate_question_answering"
 
 log = logging.getLogger(__name__)
 
@@ -60,20 +61,21 @@ def _measured(job: str, stage: str, model: Path, pairs: Path, images: Path, para
 def evaluate_answers(
     model: Path, instructions: Path, own_images: Path, images: Path, parameters: dict[str, Any], *, stage: str
 ) -> Measured:
-    """What an exported BLIP-2 or InstructBLIP answers to held-out rows of the instruction table.
+    """What an exported BLIP-2, InstructBLIP or MED answers to held-out rows of the instruction table.
 
     Args:
         own_images: pictures that data sets brought; found by the table.
-        stage: that trained the model.
+        stage: that trained the model; `question_answering` trained a MED.
 
     Returns:
         As `evaluate_med`; the receipt is of one row a question.
     """
     from blip_pipelines.pipelines.evaluation.parameters import asking
 
-    how = asking(read_parameters(parameters))
+    is_med = stage == "question_answering"
+    how = asking(read_parameters(parameters), "med_questions" if is_med else "questions")
     inputs = {"model": model, "instructions": instructions, "images": images}
-    return _of_stage(stage, launched(QUESTIONS_JOB, how, inputs))
+    return _of_stage(stage, launched(MED_QUESTIONS_JOB if is_med else QUESTIONS_JOB, how, inputs))
 
 
 def _of_stage(stage: str, done: Launched) -> Measured:
@@ -89,12 +91,14 @@ def compare_answers(
     old_measures: dict[str, float],
     new_record: dict[str, Any],
     old_record: dict[str, Any],
-    *,
+    *others: dict[str, Any],
     stages: tuple[str, str],
+    others_stages: tuple[str, ...] = (),
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
     """Measures of two models that were asked the same, and whether the new one is better than the old.
 
     Args:
+        others: for each of `others_stages` its measures, then for each its run record; they are passed on.
         stages: that trained the new and the old one.
 
     Returns:
@@ -105,13 +109,18 @@ def compare_answers(
     from blip_pipelines.evaluation.answers import compare_answers as compared
 
     config, metrics = read_parameters(parameters).config.questions, {**new_measures, **old_measures}
+    for measures in others[: len(others_stages)]:
+        metrics |= measures
     for name, found in compared(new, old, config.bootstrap_draws, config.seed).items():
         metric = f"{stages[0]}/{'accuracy' if name in ROLES else 'score'}_over_{stages[1]}"
         metrics |= named(metric, name, found)
         if name in ROLES:
             ends = f"{found.low:+.3f} to {found.high:+.3f}"
             log.info("%s over %s, %s: accuracy %+.3f (%s)", *stages, name.replace("_", " "), found.mean, ends)
-    return metrics, {f"{stage}_answers": record for stage, record in zip(stages, (new_record, old_record), strict=True)}
+    records = (new_record, old_record, *others[len(others_stages) :])
+    return metrics, {
+        f"{stage}_answers": record for stage, record in zip((*stages, *others_stages), records, strict=True)
+    }
 
 
 def compare_models(

@@ -26,7 +26,7 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
         )
         for stage, evaluate in evaluators.items()
     ]
-    answering = ("instruct_tuning", "blip2_stage2")
+    answering, others = ("instruct_tuning", "blip2_stage2"), ("question_answering",)
     asked = [
         Node(
             with_known(evaluate_answers, stage=stage),
@@ -34,13 +34,14 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
             [f"{stage}_answers", f"{stage}_answer_measures", f"{stage}_answer_record"],
             name=f"ask_{stage}",
         )
-        for stage in answering
+        for stage in (*answering, *others)
     ]
     answered = Node(
-        with_known(compare_answers, stages=answering),
+        with_known(compare_answers, stages=answering, others_stages=others),
         [
             "params:evaluation",
             *(f"{stage}_{part}" for part in ("answers", "answer_measures", "answer_record") for stage in answering),
+            *(f"{stage}_{part}" for part in ("answer_measures", "answer_record") for stage in others),
         ],
         ["answers_compared", "answer_records"],
         name="compare_answers",

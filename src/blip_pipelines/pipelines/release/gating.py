@@ -72,8 +72,8 @@ def recipe(released: Released, evaluation: Mapping[str, Any]) -> str:
     how: Any = JUDGED_RIGHT
     if not released.is_filter:
         how = arithmetic(read_stage("evaluation", {"evaluation": evaluation}).config)
-        questions = how.pop("questions")
-        how = questions if released.asks else how
+        questions = {block: how.pop(block) for block in ("questions", "med_questions")}
+        how = questions[released.asks] if released.asks else how
     return sha256(json.dumps(how, sort_keys=True).encode())[:16]
 
 
@@ -157,5 +157,5 @@ def _champion_scores(
     table = "instructions" if released.asks else "pairs"
     inputs = {"model": registry.exported(loaded["champion"]), table: data[table], "images": data["images"]}
     stage = read_stage("evaluation", {"evaluation": evaluation})
-    stage = asking(stage) if released.asks else measuring(stage)
+    stage = asking(stage, released.asks) if released.asks else measuring(stage)
     return scores_of(launched(released.measured_by, stage, inputs).receipt.folder)

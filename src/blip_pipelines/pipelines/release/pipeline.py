@@ -11,7 +11,7 @@ from blip_pipelines.pipelines.rounds import in_round, models_of, with_known
 def create_pipeline(rounds: int = 1) -> Pipeline:
     models, filtered = models_of(rounds), [in_round("capfilt", number) for number in range(1, rounds + 1)]
     released, measured = releases(rounds), (*models, "blip2_stage1", "blip2_stage2")
-    trained = (*measured, "instruct_tuning")
+    trained = (*measured, "instruct_tuning", "question_answering")
     of_models = {
         **{name: name for entry in released for name in (*entry.data_sets, "noise")},
         "parameters": "params:release",
@@ -28,7 +28,10 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
             for part in ("captioner", "filter")
         },
         **{f"predictions_{stage}": f"{stage}_predictions" for stage in measured},
-        **{f"answers_{stage}": f"{stage}_answers" for stage in ("blip2_stage2", "instruct_tuning")},
+        **{
+            f"answers_{stage}": f"{stage}_answers"
+            for stage in ("blip2_stage2", "instruct_tuning", "question_answering")
+        },
         **{f"{kind}_{stage}": f"{stage}_{kind}" for stage in filtered for kind in ("decided", "metrics")},
     }
     return Pipeline(

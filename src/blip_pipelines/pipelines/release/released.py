@@ -1,6 +1,7 @@
 """What goes into the registry: a table, one entry a stage that makes models for people. A new model is a new entry."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from blip_pipelines.pipelines.rounds import in_round, models_of
 
@@ -21,7 +22,8 @@ class Released:
         metrics: flat measures `<stage>/<metric>/<subset>`.
         measured_by: the job that makes such predictions from `model`, `pairs` and `images` with the parameters of
             `evaluation`, by which a champion is measured anew when the rows or these parameters have changed.
-        asks: that job asks questions of the table `instructions` in place of captions, as `evaluation.questions` says.
+        asks: that job asks questions of the table `instructions` in place of captions, as this block of `evaluation`
+            says.
         is_filter: its predictions are held against the known noise.
     """
 
@@ -36,7 +38,7 @@ class Released:
     metrics: str
     part: str | None = None
     measured_by: str | None = None
-    asks: bool = False
+    asks: Literal["questions", "med_questions"] | None = None
     is_filter: bool = False
 
     @property
@@ -86,7 +88,20 @@ def releases(rounds: int = 1) -> tuple[Released, ...]:
             predictions="instruct_tuning_answers",
             metrics="evaluation_metrics",
             measured_by="blip_pipelines.jobs.evaluate_instructions",
-            asks=True,
+            asks="questions",
+        ),
+        Released(
+            stage="question_answering",
+            names=("blip-vqa",),
+            model="question_answering_model",
+            record="question_answering_run",
+            trained_on=(*corpora, "pairs", "instructions"),
+            contracts=f"{judge}_contracts",
+            checked=f"{judge}_pairs_checked",
+            predictions="question_answering_answers",
+            metrics="evaluation_metrics",
+            measured_by="blip_pipelines.jobs.evaluate_question_answering",
+            asks="med_questions",
         ),
         Released(
             stage=judge,
