@@ -13,7 +13,7 @@ PACKAGES = ROOT / "data" / "01_raw" / "packages"
 SMOKE = ("kedro", "run", "--env", "smoke")
 STAGES = (
     *("ingestion", "med_pretraining", "capfilt", "med_bootstrapped", "blip2_stage1", "blip2_stage2"),
-    *("instructions", "instruct_tuning", "evaluation", "release"),
+    *("instructions", "question_answering", "instruct_tuning", "evaluation", "release"),
 )
 
 
@@ -109,6 +109,6 @@ def test_registered_models_are_asked_by_alias(project, runs):
 
     store, _ = runs
     mlflow.set_tracking_uri(store.uri)
-    for name in ("blip-captioner", "blip-retriever", "blip-filter", "blip2", "instructblip"):
+    for name in ("blip-captioner", "blip-retriever", "blip-filter", "blip-vqa", "blip2", "instructblip"):
         model = mlflow.pyfunc.load_model(f"models:/{name}@candidate")
         assert len(model.predict(pd.DataFrame(model.input_example))) == 1
