@@ -70,13 +70,13 @@ class Project:
             launch={"mode": "inline"},
         )
         few = {"steps": 2, "batch_samples_global": 8, "precision": "float32"}
-        caption = {"table": "captions", "templates": "captioning", "task": "captioning", "metric": "cider"}
+        asked = {"table": "captions", "templates": "captioning", "task": "captioning", "metric": "cider"}
         choice = {"table": "captions", "templates": "choice", "task": "choice", "metric": "exact_match"}
         self.edit(
             "instructions",
             facts=None,
             data_sets={
-                "caption": {**caption, "role": "held_in"},
+                "caption": {**asked, "role": "held_in"},
                 "choice": {**choice, "role": "held_out", "ask": {"kind": "choice", "about": "caption"}},
             },
         )
