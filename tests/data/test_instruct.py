@@ -18,6 +18,7 @@ from blip_pipelines.data.instruct import InstructError, InstructionsConfig, file
 from blip_pipelines.data.instructions import Instructions
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.questions import Asker
+from blip_pipelines.data.sources import SourceError
 from blip_pipelines.data.sources.emoji import EmojiConfig, EmojiSource, emoji_table
 from blip_pipelines.data.sources.emoji_facts import KINDS
 from blip_pipelines.pipelines.parameters import laid_over
@@ -131,6 +132,13 @@ def test_a_table_that_cannot_be_made_is_an_error_that_says_why(tmp_path, data_se
     path = None if labels is None else tmp_path / labels.replace("gaps.csv", "gaps.parquet")
     with pytest.raises(InstructError, match=message):
         write(tmp_path, data_sets, path, pairs, images)
+
+
+def test_pictures_of_a_person_are_no_emoji_and_the_error_says_what_to_set(tmp_path, monkeypatch):
+    packages = write_wheels(tmp_path / "packages", monkeypatch)
+    pairs, images = write_data_set(tmp_path, [4])
+    with pytest.raises(SourceError, match=r"instructions\.facts: emoji, but '.*' is no picture .* set it to null"):
+        instruct(configured(block("base")), pairs, images, packages, tmp_path / "out", tmp_path / "own")
 
 
 def test_files_of_data_sets_are_known_by_their_state(tmp_path):

@@ -7,6 +7,7 @@ import pyarrow as pa
 from blip_pipelines.data.colours import main_colour
 from blip_pipelines.data.images import decode
 from blip_pipelines.data.pairs import Pairs
+from blip_pipelines.data.sources import SourceError
 from blip_pipelines.data.sources.emoji import Emoji, emoji_key, emoji_table
 
 # Unicode's groups in words that answer "what kind of thing is this?".
@@ -46,11 +47,19 @@ def emoji_facts(packages: Path, pairs: Pairs) -> pa.Table:
     Args:
         packages: the wheels of the embedded default.
         pairs: opened with its images, whose pixels give the colour.
+
+    Raises:
+        SourceError: a picture is none of the embedded default.
     """
     emojis = emoji_table(packages)
     first_rows = pairs.unique_images()
     members, keys = pairs.column("member")[first_rows], pairs.keys[first_rows]
     rows = []
+    if strangers := [member for member in members if emoji_key(member) not in emojis]:
+        raise SourceError(
+            f"instructions.facts: emoji, but '{strangers[0]}' is no picture of the embedded default; for own pictures set "
+            "it to null, or to a table of what is known of them, and say in instructions.data_sets what is asked"
+        )
     for row, member, key in zip(first_rows, members, keys, strict=True):
         colour = main_colour(decode(pairs.image_bytes(row), limits=None))
         rows.append({"key": key, "member": member, "colour": colour, **_of(emojis[emoji_key(member)])})
