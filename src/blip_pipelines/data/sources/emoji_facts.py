@@ -57,8 +57,8 @@ def emoji_facts(packages: Path, pairs: Pairs) -> pa.Table:
     rows = []
     if strangers := [member for member in members if emoji_key(member) not in emojis]:
         raise SourceError(
-            f"instructions.facts: emoji, but '{strangers[0]}' is no picture of the embedded default; for own pictures set "
-            "it to null, or to a table of what is known of them, and say in instructions.data_sets what is asked"
+            f"instructions.facts: emoji, but '{strangers[0]}' is no picture of the embedded default; for own pictures "
+            "set it to null, or to a table of what is known of them, and say in instructions.data_sets what is asked"
         )
     for row, member, key in zip(first_rows, members, keys, strict=True):
         colour = main_colour(decode(pairs.image_bytes(row), limits=None))
