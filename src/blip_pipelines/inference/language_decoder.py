@@ -145,9 +145,10 @@ def write_captions(
 
 
 def _stock_cache(layers: list[tuple[Tensor, Tensor]], config: Any = None) -> DynamicCache:
-    cache = DynamicCache(config=config)
+    cache: Any = DynamicCache(config=config)
     for index, (key, value) in enumerate(layers):
-        cache.update(key, value, index)
+        cache.update(key[:, :, :0], value[:, :, :0], index)
+        cache.layers[index].keys, cache.layers[index].values = key, value  # as they are: an update would copy them
     return cache
 
 
