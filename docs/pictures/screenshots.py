@@ -14,16 +14,19 @@ import time
 import urllib.request
 from pathlib import Path
 
+from PIL import Image
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-ASKED = "picture={picture}&caption=&answer=what%20is%20this%3F&judge=a%20red%20heart&search=a%20red%20heart"
+ASKED = "picture={picture}&caption=&answer=what%20is%20this%3F&judge=a%20woman%20tipping%20her%20hand"
+ASKED += "&search=a%20handshake"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=5099)
-    parser.add_argument("--picture", type=int, default=5, help="which of the first held-out pictures the page shows")
+    parser.add_argument("--picture", type=int, default=1, help="which of the first held-out pictures the page shows")
     parser.add_argument("--model", default="models:/blip-captioner@champion", help="whose lineage is drawn")
     options = parser.parse_args()
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -37,6 +40,8 @@ def main() -> None:
             subprocess.run(
                 [*command, f"--screenshot={HERE / name}", address], check=True, capture_output=True, timeout=300
             )
+        with Image.open(HERE / name) as picture:  # 256 colours are all that these pages have
+            picture.quantize(256, dither=Image.Dither.NONE).save(HERE / name, optimize=True)
         sys.stdout.write(f"{HERE / name}\n")
 
     kedro = Path(sys.executable).with_name("kedro")
