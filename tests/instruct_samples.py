@@ -105,6 +105,7 @@ def write_published(folder, kind, name):
         )
     else:
         whole.qformer_config.use_qformer_text_input = False
+        whole.qformer_config.vocab_size = 9  # of tables that it does not have
     torch.manual_seed(0)
     stock = getattr(transformers, f"{name}ForConditionalGeneration")(whole).eval()
     with torch.no_grad():

@@ -60,7 +60,9 @@ def open_published(config: PublishedConfig) -> ExportedBlip2:
     instructs = stock.model_type == "instructblip"
     words = _former_tokenizer(source, config.tokenizer) if instructs or config.tokenizer else None
     tower = open_tower(TowerConfig(source))
-    former = QFormer(_former_config(stock, words).behind(tower))
+    with quietly():  # the size of the word table is that of whoever has one
+        sizes = AutoConfig.from_pretrained(config.text_side) if config.text_side else stock
+    former = QFormer(_former_config(stock, words, sizes.qformer_config.vocab_size).behind(tower))
     if config.text_side is not None:
         start_qformer(former, QFormerStartConfig(model=config.text_side))
     weights = read_weights(source, unwanted=OTHERS)
@@ -95,11 +97,11 @@ def _former_tokenizer(source: str, tokenizer: str | None) -> CaptionTokenizer:
     return CaptionTokenizer(stock)
 
 
-def _former_config(stock: Any, words: CaptionTokenizer | None) -> QFormerConfig:
+def _former_config(stock: Any, words: CaptionTokenizer | None, vocabulary: int) -> QFormerConfig:
     theirs = stock.qformer_config
     ids = {f"{name}_id": getattr(words, name) for name in ("cls", "sep", "pad", "dec", "enc")} if words else {}
     text = TextConfig(
-        vocabulary=theirs.vocab_size,
+        vocabulary=vocabulary,
         width=theirs.hidden_size,
         layers=theirs.num_hidden_layers,
         heads=theirs.num_attention_heads,
