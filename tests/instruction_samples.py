@@ -40,7 +40,7 @@ def letters(**changed: Any) -> dict[str, Any]:
 
 def write(folder: Path, data_sets: dict[str, Any], labels: Path | None, pairs: Path, images: Path, **more: Any) -> Path:
     """The folder of a table of these data sets."""
-    block = {"data_sets": data_sets, "facts": str(labels) if labels else None, **more}
+    block = {"data_sets": data_sets, "facts": str(labels) if labels else None, "workers": 1, **more}
     config = strict.read(InstructionsConfig, block, "instructions")
     out = folder / "instructions"
     instruct(config, pairs, images, None, out, folder / "instructions_images")

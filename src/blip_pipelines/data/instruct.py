@@ -7,7 +7,7 @@ evaluates on is trained on by none.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,13 +18,16 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from blip_pipelines.config import speed_only
 from blip_pipelines.data import storage
 from blip_pipelines.data.images import ImageLimits
 from blip_pipelines.data.instructions import INSTRUCTION_SCHEMA, OWN_IMAGES, DataSet, write_instructions
-from blip_pipelines.data.own_images import Place, Stored, store
+from blip_pipelines.data.own_images import Place, Stored, store, wanted_file
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.question_files import read_files
 from blip_pipelines.data.questions import Asker, DataSetConfig, Question, Sample
+from blip_pipelines.data.shard_jobs import Wanted
+from blip_pipelines.data.shards import read_image
 from blip_pipelines.data.sources.emoji_facts import emoji_facts
 from blip_pipelines.data.splits import SplitConfig
 
@@ -48,7 +51,7 @@ class InstructionsConfig:
         facts: what is known of the ingested pictures: `emoji`, of the embedded default, or a csv, jsonl or parquet
             file with a column `image`, the member or key of a picture, and any others.
         splits: shares of records that come without a split.
-        limits, shard_images: of pictures that data sets bring, as in ingestion.
+        limits, shard_images, workers: of pictures that data sets bring, as in ingestion.
     """
 
     data_sets: dict[str, DataSetConfig | None]
@@ -58,6 +61,7 @@ class InstructionsConfig:
     splits: SplitConfig = field(default_factory=SplitConfig)
     shard_images: int = 1024
     limits: ImageLimits = field(default_factory=ImageLimits)
+    workers: int = speed_only(0)
 
     @property
     def chosen(self) -> dict[str, DataSetConfig]:
@@ -128,8 +132,13 @@ class _Ingested:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         self.places: dict[str, Place] = {row["key"]: {name: row[name] for name in _PLACE} for row in rows}
         self.splits: dict[str, tuple[str, str | None]] = {row["key"]: (row["split"], row["subset"]) for row in rows}
-        self.row_of = dict(zip(columns["key"], first_rows.tolist(), strict=True))
         self._key_of_member = {row["member"]: row["key"] for row in rows}
+
+    def wanted(self, place: Place) -> Wanted:
+        """A stored picture, to be stored again."""
+        assert self.pairs.images is not None
+        spot = place["shard"], place["offset"], place["size"]
+        return Wanted(partial(read_image, self.pairs.images, *spot), place["key"])
 
     def key(self, image: str, where: str) -> str:
         """The key of a picture named by its member or key."""
@@ -205,13 +214,14 @@ def _of_files(config: DataSetConfig, where: str, all_of: InstructionsConfig, ing
 
 def _store(data_sets: Mapping[str, _DataSet], config: InstructionsConfig, ingested: _Ingested, folder: Path) -> Stored:
     """Every picture that is asked about, in the order of the questions."""
-    wanted: dict[str, Callable[[], bytes]] = {}
+    wanted: dict[str, Wanted] = {}
     for each in data_sets.values():
         for question in each.questions:
             for name in question.sample.images:
-                row = ingested.row_of.get(name)
-                wanted[name] = Path(name).read_bytes if row is None else partial(ingested.pairs.image_bytes, row)
-    return store(wanted, folder, config.shard_images, config.limits)
+                if name not in wanted:
+                    place = ingested.places.get(name)
+                    wanted[name] = wanted_file(Path(name)) if place is None else ingested.wanted(place)
+    return store(wanted, folder, config.shard_images, config.limits, config.workers)
 
 
 def _keep(data_sets: Mapping[str, _DataSet], stored: Stored) -> tuple[dict[str, list[Question]], Counter[str]]:

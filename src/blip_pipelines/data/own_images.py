@@ -1,17 +1,18 @@
 """Pictures that question data bring with them, in tar shards of the table's own."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip_pipelines.data import shards
-from blip_pipelines.data.images import ImageLimits, decode, encode_plain, needs_reencoding
-from blip_pipelines.data.records import Refused
+from blip_pipelines.data.images import ImageLimits
+from blip_pipelines.data.shard_jobs import ShardJob, Wanted, write_shards
 
 log = logging.getLogger(__name__)
 
 _SHOWN = 3  # refused pictures in a message
+_FOUND = ("key", "shard", "offset", "size", "width", "height")
 
 Place = dict[str, Any]  # of a stored image: the columns key, member, shard, offset, size, width, height
 
@@ -24,32 +25,46 @@ class Stored(NamedTuple):
     refused: dict[str, int]  # by reason
 
 
-def store(wanted: Mapping[str, Callable[[], bytes]], folder: Path, shard_images: int, limits: ImageLimits) -> Stored:
-    """Write pictures into `{shard:05d}.tar` in the order given, each content once; bad ones are refused by name.
+def wanted_file(path: Path) -> Wanted:
+    """A picture in a file, known by its size and date."""
+    try:
+        stat = path.stat()
+        return Wanted(path.read_bytes, f"{path} {stat.st_size} {stat.st_mtime_ns}")
+    except OSError:  # whoever reads it meets that again, and refuses it by name
+        return Wanted(path.read_bytes, f"{path} unreadable")
+
+
+def store(
+    wanted: Mapping[str, Wanted], folder: Path, shard_images: int, limits: ImageLimits, workers: int = 0
+) -> Stored:
+    """Write pictures into `{shard:05d}.tar` in the order given; bad ones are refused by name.
+
+    Shards that are there are kept where the plan for them is the same.
 
     Args:
-        wanted: by name, what gives the encoded bytes.
+        wanted: by name.
+        workers: processes; 0 for one a core.
     """
-    places: dict[str, Place | None] = {}
-    known: dict[str, Place] = {}
-    refused: dict[str, list[str]] = {}
-    with shards.ShardWriter(folder, shard_images=shard_images) as writer:
-        for name, read in wanted.items():
-            try:
-                content = read()
-                image = decode(content, limits=limits)
-            except (Refused, OSError) as error:
-                reason = error.reason if isinstance(error, Refused) else "unreadable"
-                refused.setdefault(reason, []).append(f"{name}: {error}")
-                places[name] = None
-                continue
-            stored = writer.add(encode_plain(image) if needs_reencoding(content) else content)
-            place = {**vars(stored), "member": name, "width": image.width, "height": image.height}
-            places[name] = known.setdefault(stored.key, place)
-    images_hash = shards.write_manifest(folder, writer.shards)
-    for path in folder.glob("*.tar"):  # of a larger set that lay here before
-        if path.name not in {shard.name for shard in writer.shards}:
+    folder.mkdir(parents=True, exist_ok=True)
+    every = list(wanted.values())
+    jobs = [
+        ShardJob(number, tuple(every[start : start + shard_images]), folder, limits)
+        for number, start in enumerate(range(0, len(every), shard_images))
+    ]
+    written = write_shards(jobs, workers)
+    made = [shard for shard, _ in written if shard is not None]
+    images_hash = shards.write_manifest(folder, made)
+    known = {job.index_path.name for job in jobs} | {shard.name for shard in made}
+    for path in folder.iterdir():  # of a larger set that lay here before
+        if path.suffix in (".tar", ".parquet") and path.name not in known:
             path.unlink()
+    rows = (row for _, index in written for row in index.to_pylist())
+    places: dict[str, Place | None] = {}
+    refused: dict[str, list[str]] = {}
+    for name, row in zip(wanted, rows, strict=True):
+        places[name] = {"member": name, **{column: row[column] for column in _FOUND}} if row["key"] else None
+        if row["key"] is None:
+            refused.setdefault(row["reason"], []).append(f"{name}: {row['error']}")
     for reason, errors in refused.items():
         shown = "; ".join(errors[:_SHOWN])
         log.warning("%d pictures refused as %s, with all questions about them: %s", len(errors), reason, shown)
