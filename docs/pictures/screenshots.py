@@ -19,8 +19,10 @@ from PIL import Image
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-ASKED = "picture={picture}&caption=&answer=what%20is%20this%3F&judge=a%20woman%20tipping%20a%20hand%20with%20dark%20skin%20tone"
-ASKED += "&search=a%20handshake%20with%20medium%20and%20light%20skin%20tones"
+ASKED = (
+    "picture={picture}&caption=&answer=what%20is%20this%3F&judge=a%20woman%20tipping%20a%20hand%20with%20dark%20skin%20tone"
+    "&search=a%20handshake%20with%20medium%20and%20light%20skin%20tones"
+)
 
 
 def main() -> None:
