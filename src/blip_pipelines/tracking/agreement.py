@@ -52,13 +52,20 @@ def _lock(root: Path) -> Iterator[str]:
     logging.getLogger("dvc").setLevel(logging.ERROR)
     with Repo(str(root)) as repo:
         for stage, changes in repo.status().items():
+            code = []
             for change in changes:
                 if isinstance(change, str):
                     yield f"dvc.lock, {stage}: {change}"
                     continue
                 for kind, paths in change.items():
                     for path, how in paths.items():
-                        yield f"dvc.lock, {stage}: {kind} {path}: {how if isinstance(how, str) else ', '.join(how)}"
+                        if path.startswith("src/"):
+                            code.append(path)
+                        else:
+                            yield f"dvc.lock, {stage}: {kind} {path}: {how if isinstance(how, str) else ', '.join(how)}"
+            if code:
+                more = f" and {len(code) - 1} more" if len(code) > 1 else ""
+                yield f"dvc.lock, {stage}: changed code {code[0]}{more}"
 
 
 def _tags(store: Store, stages: Mapping[str, Any]) -> Iterator[str]:
