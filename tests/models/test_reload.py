@@ -39,6 +39,14 @@ def test_a_weight_that_stock_does_not_know_is_told(tmp_path):
     assert "unexpected_keys: strange.weight" in reload_differences(folder)["retrieval"]
 
 
+def test_a_folder_that_stock_cannot_open_is_an_answer_not_a_crash(tmp_path):
+    folder = export_tiny_med(tmp_path)
+    (folder / "captioning" / "config.json").write_text("{")
+    differences = reload_differences(folder)
+    assert isinstance(differences["captioning"], str) and "Error" in differences["captioning"]
+    assert differences["retrieval"] < 1e-4
+
+
 @pytest.mark.parametrize("kind", ["opt", "llama", "t5"])
 def test_all_stages_of_blip_2_and_instructblip_are_reloaded(tmp_path, kind):
     vit_folder(tmp_path / "vit")

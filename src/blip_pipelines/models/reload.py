@@ -35,6 +35,8 @@ def reload_differences(folder: Path) -> dict[str, float | str]:
                     found[kind] = differ()
                 except _Unclean as error:
                     found[kind] = str(error)
+                except Exception as error:  # whatever stops a stock class is the answer to the question
+                    found[kind] = f"{type(error).__name__}: {error}"
     return found
 
 
