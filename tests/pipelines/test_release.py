@@ -117,6 +117,14 @@ def test_a_better_model_is_promoted_a_worse_one_refused_and_a_roll_back_restores
         champions.roll_back(scene.store, NAME, "")
 
 
+def test_an_alias_that_a_person_moved_counts_as_a_promotion(scene):
+    scene.release("first")
+    scene.release("worse", -0.5)
+    scene.store.client.set_registered_model_alias(NAME, "champion", "2")
+    assert champions.history(scene.store, NAME) == ["1", "2"]
+    assert champions.roll_back(scene.store, NAME, "by mistake") == ("2", "1") and champion_of(scene) == "1"
+
+
 def test_the_champion_itself_is_not_judged_again(scene):
     assert scene.release("first").decision["promoted"]
     assert scene.release("first").decision is None

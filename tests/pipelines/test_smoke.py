@@ -110,5 +110,6 @@ def test_registered_models_are_asked_by_alias(project, runs):
     store, _ = runs
     mlflow.set_tracking_uri(store.uri)
     for name in ("blip-captioner", "blip-retriever", "blip-filter", "blip-vqa", "blip2", "instructblip"):
+        assert store.client.get_model_version_by_alias(name, "champion").tags["gate"].startswith("promoted")
         model = mlflow.pyfunc.load_model(f"models:/{name}@candidate")
         assert len(model.predict(pd.DataFrame(model.input_example))) == 1

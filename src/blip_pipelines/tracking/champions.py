@@ -81,14 +81,18 @@ def roll_back(store: Store, name: str, because: str) -> tuple[str, str]:
 
 
 def history(store: Store, name: str) -> list[str]:
-    """Versions that are or were champion, in the order of their promotion, less those rolled back."""
+    """Versions that are or were champion, in the order of their promotion, less those rolled back.
+
+    The last one is the champion, also where a person has moved the alias in MLflow's own page.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
         tags: Mapping[str, str] = store.client.get_registered_model(name).tags
     except MlflowException:
         return []
-    return list(json.loads(tags.get(HISTORY, "[]")))
+    versions, now = list(json.loads(tags.get(HISTORY, "[]"))), champion(store, name)
+    return versions if now is None or versions[-1:] == [str(now.version)] else [*versions, str(now.version)]
 
 
 def _crown(store: Store, name: str, version: str, versions: list[str]) -> None:
