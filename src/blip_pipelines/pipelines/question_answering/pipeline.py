@@ -7,15 +7,12 @@ from blip_pipelines.pipelines.rounds import models_of
 
 
 def create_pipeline(rounds: int = 1) -> Pipeline:
-    models = models_of(rounds)
+    med = models_of(rounds)[-1]
     return Pipeline(
         [
             Node(
                 learn_to_answer,
-                [
-                    *("instructions", "instructions_images", "images"),
-                    *(f"{models[0]}_model", f"{models[-1]}_model", "params:question_answering"),
-                ],
+                ["instructions", "instructions_images", "images", f"{med}_model", "params:question_answering"],
                 ["question_answering_model", "question_answering_history", "question_answering_run"],
                 name="learn_to_answer",
             )
