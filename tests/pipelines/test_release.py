@@ -105,6 +105,8 @@ def test_a_better_model_is_promoted_a_worse_one_refused_and_a_roll_back_restores
     version = find(scene.store, f"models:/{NAME}@candidate")
     assert version.version == "3" or version.version == 3
     assert version.tags["gate"].startswith("refused: no_fall: cider/image fell")
+    measured = read_json(artifact(scene.store, version, f"recipe/{NAME}.json", scene.tmp / "measured"))
+    assert measured["version"] == version.tags["recipe"] and measured["parameters"]["candidates"] == 4
     kept = artifact(scene.store, version, f"gate/{NAME}.json", scene.tmp / "kept")
     assert read_json(kept) == worse.decision
 

@@ -63,18 +63,22 @@ def gate(
     return {"decisions": decisions, "seconds": time.monotonic() - started}
 
 
-def recipe(released: Released, evaluation: Mapping[str, Any]) -> str:
-    """Names how a model was measured: parameters that change a score. Scores of other recipes are not compared."""
+def recipe(released: Released, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """How a model was measured: `measured_by` and the parameters that change a score; `version` names the whole.
+
+    Scores of other versions are not compared.
+    """
     from blip_pipelines.config import arithmetic
     from blip_pipelines.data.storage import sha256
     from blip_pipelines.evaluation.scores import JUDGED_RIGHT
 
-    how: Any = JUDGED_RIGHT
+    how: Any = {"judged_right_above": JUDGED_RIGHT}
     if not released.is_filter:
         how = arithmetic(read_stage("evaluation", {"evaluation": evaluation}).config)
         questions = {block: how.pop(block) for block in ("questions", "med_questions")}
         how = questions[released.asks] if released.asks else how
-    return sha256(json.dumps(how, sort_keys=True).encode())[:16]
+    whole = {"measured_by": released.measured_by, "parameters": how}
+    return {**whole, "version": sha256(json.dumps(whole, sort_keys=True).encode())[:16]}
 
 
 def scores_of_released(released: Released, data: Mapping[str, Any]) -> "Scores":

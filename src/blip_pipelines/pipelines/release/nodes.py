@@ -38,7 +38,7 @@ def register(
     """
     started = time.monotonic()
     from blip_pipelines.data.sources.packages import WHEELS
-    from blip_pipelines.data.storage import MANIFEST, content_hash, read_json
+    from blip_pipelines.data.storage import MANIFEST, content_hash, read_json, write_json
     from blip_pipelines.evaluation.model_card import model_card
     from blip_pipelines.evaluation.scores import write_scores
     from blip_pipelines.inference.served import SERVED
@@ -49,13 +49,14 @@ def register(
     alias, models = read_parameters(parameters).config.alias, []
     for released in releases:
         record = data[released.record] if released.part is None else data[released.record]["parts"][released.part]
+        measured = recipe(released, evaluation)
         made_from = {
             "stage": released.stage,
             "model": content_hash(data[released.model]),
             "pairs": content_hash(data[released.trained_on[0]]),
             "fingerprint": record["fingerprint"],
             "code": record["code"],
-            "recipe": recipe(released, evaluation),
+            "recipe": measured["version"],
         }
         measures, receipt = measures_of(released, data), data[released.model] / RECEIPT
         told = (
@@ -67,7 +68,8 @@ def register(
         )
         with tempfile.TemporaryDirectory() as folder:
             for name in released.names:
-                scores = Path(folder) / f"{name}.parquet"
+                scores, how = Path(folder) / f"{name}.parquet", Path(folder) / f"{name}.json"
+                write_json(how, measured)
                 write_scores(scores, scores_of_released(released, data))
                 models.append(
                     register_served(
@@ -77,7 +79,7 @@ def register(
                         alias,
                         made_from,
                         measures,
-                        {"scores": scores},
+                        {"scores": scores, "recipe": how},
                         model_card(name, made_from, *told),
                     )
                 )
