@@ -160,3 +160,11 @@ def test_ids_are_those_of_the_whole_texts_and_keys(tmp_path):
     assert all(
         np.array_equal(a, b[some]) for a, b in zip(pairs.ids(some), (pairs.image_ids, pairs.text_ids), strict=True)
     )
+
+
+def test_texts_are_gathered_from_shards_of_every_size(tmp_path):
+    texts = ["a crab", "🦀 سلطعون", "x" * 5000, "b"]
+    shards = [table_of(texts[:2]), PAIR_SCHEMA.empty_table(), table_of(texts[2:]), table_of([])]
+    write_pairs(tmp_path, shards, "no images")
+    assert Pairs.open(tmp_path).column("caption").tolist() == texts
+    assert Pairs.open(tmp_path).captions(np.array([3, 1])) == ["b", "🦀 سلطعون"]

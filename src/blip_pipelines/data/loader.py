@@ -192,13 +192,16 @@ class StepLoader:
             **ahead,
         )
         steps = iter(loader)  # forks, which is done before there are further threads
-        with self.prefetch or nullcontext():
-            for step, batches in enumerate(steps, start=self.start_step):
-                if isinstance(batches, DataError):
-                    raise batches
-                if self.prefetch is not None:
-                    self.prefetch.advance(step + 1)
-                yield batches
+        try:
+            with self.prefetch or nullcontext():
+                for step, batches in enumerate(steps, start=self.start_step):
+                    if isinstance(batches, DataError):
+                        raise batches
+                    if self.prefetch is not None:
+                        self.prefetch.advance(step + 1)
+                    yield batches
+        finally:
+            del steps  # ends the workers now, and not when nobody looks at the error any more
 
 
 class Loader(StepLoader):

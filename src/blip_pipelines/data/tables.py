@@ -183,7 +183,9 @@ class ImageRows:
     def preload(self) -> None:
         """Read what training needs now, so that forked workers share it instead of reading it each."""
         _ = self._table.image_ids, self._table.text_ids(self.TEXT), self._table.places
+        pa.default_memory_pool().release_unused()
         self._table.column(self.TEXT)  # last: finding the ids takes memory for a moment
+        pa.default_memory_pool().release_unused()
 
     def describe(self, row: int) -> str:
         """Names a row for messages: shard, member and key."""
@@ -245,6 +247,8 @@ class Table:
         kind = self.schema.field(name).type
         if pa.types.is_string(kind):  # the 32-bit offsets of plain strings end at 2 GB of captions
             kind = pa.large_string()
+        if kind == pa.large_string() and not self.schema.field(name).nullable:
+            return _gather_texts(self._parts(name), int(self.shard_ends[-1]) if len(self.shard_ends) else 0)
         chunks = [chunk for part in self._parts(name) for chunk in part.cast(kind).chunks]
         return pa.concat_arrays(chunks) if chunks else pa.array([], kind)
 
@@ -294,7 +298,35 @@ def _dense_ids(hashes: Iterable[np.ndarray]) -> np.ndarray:
     Two of ten million texts are taken for one with a chance of three in a million, at the price of one negative less.
     """
     whole = np.concatenate([np.empty(0, np.uint64), *hashes])
-    return pa.array(whole).dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int32)
+    order = np.argsort(whole, kind="stable")
+    is_first = np.ones(len(whole), bool)
+    is_first[1:] = whole[order[1:]] != whole[order[:-1]]
+    del whole
+    appeared = order[is_first]  # where each value appears first
+    number = np.empty(len(appeared), np.int32)
+    number[np.argsort(appeared)] = np.arange(len(appeared), dtype=np.int32)
+    ids = np.empty(len(order), np.int32)
+    ids[order] = np.repeat(number, np.diff(np.flatnonzero(np.append(is_first, True))))
+    return ids
+
+
+def _gather_texts(parts: Iterable[pa.ChunkedArray], rows: int) -> pa.LargeStringArray:
+    """One array of the texts of all parts, without ever holding them twice as a concatenation would."""
+    ends, characters = np.zeros(rows + 1, np.int64), np.empty(0, np.uint8)
+    row = filled = 0
+    for part in parts:
+        for chunk in part.cast(pa.large_string()).chunks:
+            if len(chunk) == 0:
+                continue
+            offsets = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+            count = int(offsets[-1] - offsets[0])
+            characters.resize(filled + count, refcheck=False)  # the system moves pages, not bytes
+            if count:
+                found = np.frombuffer(chunk.buffers()[2], np.uint8)
+                characters[filled:] = found[offsets[0] : offsets[-1]]
+            ends[row + 1 : row + 1 + len(chunk)] = offsets[1:] - offsets[0] + filled
+            row, filled = row + len(chunk), filled + count
+    return pa.LargeStringArray.from_buffers(rows, pa.py_buffer(ends), pa.py_buffer(characters))
 
 
 def _hash_keys(keys: pa.ChunkedArray) -> np.ndarray:
