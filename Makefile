@@ -41,7 +41,7 @@ ablations: setup packages ## after `make run`: what each part is worth, into the
 	$(BIN)/kedro ablate
 	$(BIN)/kedro run --pipelines release
 
-smoke: setup ## the whole chain on a tiny set, in a minute or two
+smoke: setup packages ## the whole chain on a tiny set, in a minute or two
 	$(BIN)/kedro run --env smoke
 
 check: setup ## format, lint, types, import contracts, dvc.yaml
