@@ -35,7 +35,7 @@ def ablate(names: tuple[str, ...], seeds: tuple[int, ...], only_collect: bool) -
     from blip_pipelines.evaluation.ablation import collect
 
     configured = read_ablations(CONFIG)
-    known = {run.name: (run,) for table in configured.tables.values() for run in table.runs}
+    known: dict[str, tuple[Run, ...]] = {run.name: (run,) for table in configured.tables.values() for run in table.runs}
     known |= {name: table.runs for name, table in configured.tables.items()}
     for name in names:
         if name not in known:

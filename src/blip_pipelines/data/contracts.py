@@ -1,8 +1,8 @@
 """What a data set promises, as Great Expectations suites in code, with Data Docs for people.
 
 Rules over rows run a few shards at a time and rules over the whole set on the small tables of `quality`, so memory
-stays flat. Every rule has a severity: `error` stops the pipeline, `warn` is reported, `off` is not looked at. Whether a text is
-good is not for a contract: file names and foreign languages only warn, judging them is CapFilt's work.
+stays flat. Every rule has a severity: `error` stops the pipeline, `warn` is reported, `off` is not looked at. Whether a
+text is good is not for a contract: file names and foreign languages only warn, judging them is CapFilt's work.
 
 Great Expectations takes seconds to import and is known to this module alone, inside its functions.
 """

@@ -26,8 +26,8 @@ def sliced(scores: Scores, by: str, rows: Iterable[Mapping[str, Any]]) -> Scores
     found: Scores = {}
     for (metric, _), samples in scores.items():
         for sample, value in samples.items():
-            if (row := described.get(sample.key)) is not None:
-                found.setdefault((metric, _slice(by, sample, row)), {})[sample] = value
+            if (about := described.get(sample.key)) is not None:
+                found.setdefault((metric, _slice(by, sample, about)), {})[sample] = value
     return found
 
 
