@@ -147,6 +147,18 @@ def test_what_a_cache_of_features_brought_stands_beside_the_time(tmp_path, evide
     assert "from cache" not in Page(written(tmp_path, evidence)).text
 
 
+def test_page_begins_with_what_was_reached_and_who_is_champion(tmp_path, evidence):
+    ruling = {"rule": "no_fall", "kept": False, "found": "cider/combo fell"}
+    decision = {"name": "blip-captioner", "version": "1", "champion": "0", "promoted": False, "refused": "no_fall: x"}
+    text = Page(written(tmp_path, evidence, decisions=[{**decision, "rulings": [ruling]}])).text
+    begins = text[: text.index("How good it is")]
+    assert "A held-out picture has its caption among the first five (R@5)" in begins
+    assert "37.0 %" in begins and "1.1 %" in begins
+    assert "blip-captioner version 1: candidate; refused by no_fall" in begins
+    promoted = Page(written(tmp_path, evidence, decisions=[{**decision, "promoted": True, "rulings": []}])).text
+    assert "blip-captioner version 1: \u2713 champion" in promoted
+
+
 def test_a_run_without_results_still_gets_a_page(tmp_path):
     nowhere = tmp_path / "nowhere"
     write_report(

@@ -140,7 +140,7 @@ pre { background: var(--soft); border-radius: 6px; padding: .75rem 1rem; overflo
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; margin: 1.5rem 0 0; font-size: .9rem; }
 .scroll { overflow-x: auto; margin: .75rem 0 1.25rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 50%; }
-caption { text-align: left; font-weight: 600; padding: .25rem 0 .4rem; white-space: nowrap; }
+caption { text-align: left; font-weight: 600; padding: .25rem 0 .4rem; }
 th, td {
   text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--rule);
 }

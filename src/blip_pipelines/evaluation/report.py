@@ -155,7 +155,9 @@ def write_report(
         ablations=ablations,
         answers=answers or {},
     )
-    head = tag("header", tag("h1", "What this run did"), overview(evidence), pipeline_picture(evidence))
+    head = tag(
+        "header", tag("h1", "What this run did"), overview(evidence), pipeline_picture(evidence), outcome(evidence)
+    )
     sections = [(anchor, title, show(evidence)) for anchor, title, show in SECTIONS]
     storage.write_atomic(out, document("BLIP run report", head, sections))
 
@@ -177,14 +179,24 @@ def overview(evidence: Evidence) -> Html:
     total = sum(record["seconds"] for record in evidence.stages.values() if is_number(record.get("seconds")))
     if total:
         words.append(f" The {len(evidence.stages)} stages took {duration(total)}.")
-    for stage in stages_with(evidence, "i2t_r5"):
-        found = []
-        for subset in subsets(evidence, stage, "i2t_r5"):
-            reached, chance = (evidence.metrics.get(f"{stage}/{name}_r5/{subset}") for name in ("i2t", "chance_i2t"))
-            asides = [SUBSETS.get(subset), f"chance {percent(chance)}" if is_number(chance) else None]
-            found.append(f"{percent(reached)} on {subset} ({'; '.join(filter(None, asides))})".replace(" ()", ""))
-        words.append(f" After {stage} a held-out picture has its caption among the first five in {', '.join(found)}.")
-    return tag("p", "".join(words) or "No stage has run yet.", class_="lead")
+    lead = tag("p", "".join(words) or "No stage has run yet.", class_="lead")
+    return tag("div", lead, headline(evidence))
+
+
+def headline(evidence: Evidence) -> Html | None:
+    """How often a held-out picture has its caption among the first five: a row a stage, beside chance."""
+    stages = stages_with(evidence, "i2t_r5")
+    known = sorted({subset for stage in stages for subset in subsets(evidence, stage, "i2t_r5")}, key=subset_order)
+    if not known:
+        return None
+    rows: list[list[object]] = [
+        [stage, *(percent(evidence.metrics.get(f"{stage}/i2t_r5/{subset}")) for subset in known)] for stage in stages
+    ]
+    chance = [evidence.metrics.get(f"{stages[0]}/chance_i2t_r5/{subset}") for subset in known]
+    rows.append([tag("span", "chance", class_="reference"), *map(percent, chance)])
+    title = "A held-out picture has its caption among the first five (R@5)"
+    reading = "; ".join(f"{subset}: {SUBSETS[subset]}" for subset in known if subset in SUBSETS)
+    return tag("div", table(["after", *known], rows, caption=title), note(f"{reading}.") if reading else None)
 
 
 def pipeline_picture(evidence: Evidence) -> Html:
@@ -196,6 +208,24 @@ def pipeline_picture(evidence: Evidence) -> Html:
         lines = [tag("span", line) for line in (DOES.get(name), took) if line]
         boxes.append(tag("li", tag("b", name), lines))
     return tag("ol", boxes, class_="stages") if boxes else note("No run records.")
+
+
+def outcome(evidence: Evidence) -> Html | None:
+    """Which registered model is champion now, in a line each; the gate's reasons are further down."""
+    decided = {decision["name"]: decision for decision in evidence.decisions}
+    lines = []
+    for model in evidence.registered:
+        decision = decided.get(model["name"])
+        if decision is None or decision["promoted"]:
+            state = "\u2713 champion"
+        else:
+            state = f"candidate; refused by {', '.join(sorted(broken_rules(decision)))}"
+        lines.append(tag("li", tag("b", model["name"]), f" version {model['version']}: {state}"))
+    return tag("ul", lines, class_="outcome") if lines else None
+
+
+def broken_rules(decision: Mapping[str, Any]) -> set[str]:
+    return {ruling["rule"] for ruling in decision["rulings"] if not ruling["kept"]}
 
 
 def refused(evidence: Evidence) -> Html:
