@@ -78,6 +78,8 @@ def test_a_data_set_opens_and_gives_each_caption_its_image(tmp_path):
     source = _write_folder(tmp_path / "in", [*_plain(5), ("0.png", "another text", "human", "train"), *_plain(6)[5:]])
     counts = _ingest(source, tmp_path / "out", shard_images=3)
     assert counts["rows"] == 7 and counts["distinct_images"] == 6 and counts["origins"] == {"human": 1, "web": 6}
+    manifest = storage.read_json(tmp_path / "out" / "pairs" / "manifest.json")
+    assert counts == {name: value for name, value in manifest.items() if name not in ("images", "shards")}
     verify(tmp_path / "out" / "images")
     pairs = Pairs.open(tmp_path / "out" / "pairs", tmp_path / "out" / "images")
     found = {(str(member), text) for member, text in zip(pairs.column("member"), pairs.column("caption"), strict=True)}

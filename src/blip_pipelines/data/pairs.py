@@ -1,5 +1,6 @@
 """The caption table of a data set: a row is a caption of a stored image (see `tables`)."""
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ def write_pairs(
         folder: where the table goes; the manifest is written last.
         tables: `PAIR_SCHEMA` tables; table i holds the captions of tar shard i.
         images_hash: content hash of the images folder that the rows speak of.
-        counts: further plain values for the manifest (rows by origin, split, ...).
+        counts: further plain values for the manifest (rows by origin, split, ...), looked at after the last table.
 
     Raises:
         StorageError: a table has another schema or a null where none may be.
     """
-    return write_table(folder, tables, PAIR_SCHEMA, {**(counts or {}), "images": images_hash})
+    # Counts may still grow while the tables come, so nothing copies them before the last one did.
+    about: ChainMap[str, Any] = ChainMap({"images": images_hash}, {} if counts is None else counts)  # type: ignore[arg-type]
+    return write_table(folder, tables, PAIR_SCHEMA, about)
 
 
 class Pairs(ImageRows):
