@@ -25,6 +25,7 @@ from blip_pipelines.jobs.blip2_parts import Blip2Parts
 from blip_pipelines.jobs.language_probe import LanguageProbe, ProbeConfig
 from blip_pipelines.jobs.receipt import OUTPUTS
 from blip_pipelines.jobs.training_data import batches_of
+from blip_pipelines.jobs.warm_start import SHOWN, WarmStartConfig, folder_of, renamed
 from blip_pipelines.models.blip2 import Blip2, Blip2Config
 from blip_pipelines.models.blip2_exports import export_blip2
 from blip_pipelines.models.language import LanguageConfig
@@ -35,21 +36,6 @@ from blip_pipelines.training.checkpoint import Rows
 from blip_pipelines.training.distributed import World
 from blip_pipelines.training.loop import CHECKPOINTS, TrainingConfig, TrainingError, train
 from blip_pipelines.training.optimizer import OptimizerConfig
-
-WARM_START = "warm_start"
-
-
-@dataclass(frozen=True)
-class WarmStartConfig:
-    """The phase before: soft prompts become the embeddings of the caption's words, without the language model.
-
-    Args:
-        steps: 0 leaves it out, as the paper does.
-    """
-
-    steps: int = 0
-    batch_samples_global: int = 128
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(1e-3))
 
 
 @dataclass(frozen=True)
@@ -124,17 +110,13 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
     task = GenerativePretraining(model, objective, world, settings.seed)
     warmed: Rows = []
     if warm.steps:
-        short = replace(
-            training, steps=warm.steps, batch_samples_global=warm.batch_samples_global, validate_every_steps=0
-        )
-        # Inside the folder of checkpoints, where a launcher looks for work to go on with.
-        folder = work / CHECKPOINTS / WARM_START
-        warmed = phase(ProjectionWarmStart(model, world), warm.optimizer, short, folder, "", shown=("regression",))
+        parts_of_it = ProjectionWarmStart(model, world), warm.optimizer, warm.training(training), folder_of(work)
+        warmed = phase(*parts_of_it, "", shown=SHOWN)
     probe = None
     if world.is_first and training.validate_every_steps:
         probe = LanguageProbe(settings.probe, pairs, parts, model, objective, settings.max_tokens, training.precision)
     history = phase(task, settings.optimizer, training, work, objective.prompt, validate=probe, shown=("lm",))
-    history = history + [_renamed(row) for row in warmed]
+    history = history + renamed(warmed)
 
     after = parts.frozen_hashes()
     if changed := [name for name in before if after[name] != before[name]]:
@@ -160,8 +142,3 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
         "last": next((row for row in reversed(history) if "lm" in row), {}),
         "probe": next((row for row in reversed(history) if any(name.startswith("val/") for name in row)), {}),
     }
-
-
-def _renamed(row: dict[str, float]) -> dict[str, float]:
-    """A row of the warm start, whose steps and losses are not those of the curves beside it."""
-    return {name if name == "step" else f"{WARM_START}/{name}": value for name, value in row.items()}

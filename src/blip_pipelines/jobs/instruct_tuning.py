@@ -6,7 +6,8 @@ kept; image encoder and language model stay as they are.
 Inputs: `instructions`, `images`, and `start`, the export of stage 2, or a published model where the parameters name
 one (`published`).
 
-Outputs: the export of `models.blip2_exports.export_blip2`, `checkpoint/` (everything training left) and `history.json`.
+Outputs: the export of `models.blip2_exports.export_blip2`, `checkpoint/` (everything training left) and `history.json`,
+in which the curve of a warm start comes last, under a name of its own.
 """
 
 import logging
@@ -14,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import nn
 
 from blip_pipelines.config import ConfigError, read, speed_only
 from blip_pipelines.data.instruction_loader import InstructionLoader
@@ -25,10 +28,12 @@ from blip_pipelines.data.transforms import ImageConfig
 from blip_pipelines.jobs.instruction_probe import InstructionProbe, ProbeConfig
 from blip_pipelines.jobs.receipt import OUTPUTS
 from blip_pipelines.jobs.training_data import Images
+from blip_pipelines.jobs.warm_start import SHOWN, WarmStartConfig, folder_of, renamed
 from blip_pipelines.models.blip2 import Blip2
 from blip_pipelines.models.blip2_exports import ExportedBlip2, export_blip2, load_blip2
 from blip_pipelines.models.frozen import weights_hash
 from blip_pipelines.models.published import PublishedConfig, open_published
+from blip_pipelines.objectives.generative import ProjectionWarmStart
 from blip_pipelines.objectives.instruct import CUT, InstructConfig, InstructionTuning
 from blip_pipelines.training import checkpoint
 from blip_pipelines.training.checkpoint import Rows
@@ -59,6 +64,7 @@ class InstructTuningConfig:
     Args:
         instruction_aware: the Q-Former reads the instruction too; False is the paper's ablation.
         limits: of instructions and answers; what is longer is cut and counted.
+        warm_start: before, without the language model; 0 steps as published.
         published: a model from elsewhere to start from, in place of the input `start`.
         features: `cached` keeps the outputs of the frozen image encoder on disk; `live` runs it in every step.
         data_sets: to train on; null for all that are held in.
@@ -73,6 +79,7 @@ class InstructTuningConfig:
     instruction_aware: bool = True
     limits: TokenLimits = field(default_factory=TokenLimits)
     objective: InstructConfig = field(default_factory=InstructConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     published: PublishedConfig | None = None
     features: Literal["cached", "live"] = "cached"
     data_sets: tuple[str, ...] | None = None
@@ -107,25 +114,27 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
     model.tower = None if images.features else start.tower
     before = _frozen_hashes(start, model)
 
-    training = settings.training
-    read_images = images.reader(rows, settings.seed, train=True)
+    training, warm, read_images = settings.training, settings.warm_start, images.reader(rows, settings.seed, train=True)
 
-    def batches_from(step: int) -> InstructionLoader:
-        return InstructionLoader(
-            *(rows, order, read_images, tokens, settings.seed),
-            *(training.batch_samples_global, training.accumulation, world.rank, world.ranks, training.steps, step),
-            workers=settings.loader_workers,
-        )
+    def phase(task: nn.Module, optimizer: OptimizerConfig, training: TrainingConfig, folder: Path, **how: Any) -> Rows:
+        def batches_from(step: int) -> InstructionLoader:
+            return InstructionLoader(
+                *(rows, order, read_images, tokens, settings.seed),
+                *(training.batch_samples_global, training.accumulation, world.rank, world.ranks, training.steps, step),
+                workers=settings.loader_workers,
+            )
 
+        return train(task, batches_from, optimizer, training, world, folder, settings.seed, work.name, **how)
+
+    warmed: Rows = []
+    if warm.steps:
+        before_it = ProjectionWarmStart(model, world), warm.optimizer, warm.training(training), folder_of(work)
+        warmed = phase(*before_it, shown=SHOWN)
     probe = None
     if world.is_first and training.validate_every_steps:
         probe = InstructionProbe(settings.probe, table, images, model, tokens, settings.objective, training.precision)
-    history = train(
-        *(InstructionTuning(model, settings.objective), batches_from, settings.optimizer, training, world, work),
-        *(settings.seed, work.name),
-        validate=probe,
-        shown=("lm",),
-    )
+    task = InstructionTuning(model, settings.objective)
+    history = phase(task, settings.optimizer, training, work, validate=probe, shown=("lm",)) + renamed(warmed)
     after = _frozen_hashes(start, model)
     if changed := [name for name in before if after[name] != before[name]]:
         raise TrainingError(f"the frozen {' and '.join(changed)} changed during training; report this, use no output")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from blip_pipelines.config import ConfigError
+from blip_pipelines.data.instruction_loader import InstructionBatch
 from blip_pipelines.data.loader import Batch
 from blip_pipelines.models.attention import at_least_float32
 from blip_pipelines.models.blip2 import Blip2
@@ -109,10 +110,11 @@ class GenerativePretraining(nn.Module):
 
 
 class ProjectionWarmStart(nn.Module):
-    """A task of its own before stage 2: the soft prompt of query k becomes the embedding of a caption's word k.
+    """A task of its own before stage 2 or instruction tuning: the soft prompt of query k becomes the embedding of the
+    caption's, or answer's, word k.
 
-    Then the language model reads something like the caption from its first step on, at the cost of steps that do not
-    run it. All that stage 2 trains is trained.
+    Then the language model reads something like it from its first step on, at the cost of steps that do not run it. All
+    that trains afterwards is trained.
 
     Differs: not in the paper; a run of minutes does not get as far without it.
     """
@@ -125,7 +127,8 @@ class ProjectionWarmStart(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """This rank's share of the mean squared distance per word that has a query, by the variance of the table."""
-        soft_BQW = at_least_float32(self.blip2.soft_prompts(self.blip2.see(batch.pixels)))
+        image = self.blip2.see(batch.pixels)
+        soft_BQW = at_least_float32(self.blip2.soft_prompts(image, *questions_of(self.blip2, batch)))
         queries = soft_BQW.shape[1]
         is_word_BK = batch.token_mask[:, 2:][:, :queries]  # a token with another behind it is not the end
         word_BKW = self.blip2.language.embed(batch.token_ids[:, 1:-1][:, :queries])
@@ -199,6 +202,13 @@ def divisor_of(asked: Tensor, batch: Batch, ranks: Ranks) -> Tensor:
     counted = language_modelling.target_positions(batch.token_mask, batch.prompt_tokens).sum()
     both = ranks.gather(torch.stack([asked.sum(), counted])[None]).sum(0).clamp(min=1).double()
     return both[0] * max(batch.target_tokens, 1) / both[1]
+
+
+def questions_of(blip2: Blip2, batch: Batch) -> tuple[Tensor, ...]:
+    """What the Q-Former reads beside its queries: the batch's instructions with their mask, if it reads any."""
+    if blip2.config.reads_instructions and isinstance(batch, InstructionBatch):
+        return batch.question_ids, batch.question_mask
+    return ()
 
 
 def frozen_parts(blip2: Blip2) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from blip_pipelines.config import ConfigError
 from blip_pipelines.data.instruction_loader import InstructionBatch
 from blip_pipelines.models.blip2 import Blip2
 from blip_pipelines.objectives import language_modelling
-from blip_pipelines.objectives.generative import frozen_parts
+from blip_pipelines.objectives.generative import frozen_parts, questions_of
 
 CUT = ("cut_instructions", "cut_questions", "cut_answers")
 
@@ -57,8 +57,7 @@ class InstructionTuning(nn.Module):
             "loss" with gradient, the cross-entropy per token of an answer; "lm", the same without; and how many
             instructions and answers were cut to fit (`CUT`).
         """
-        question = (batch.question_ids, batch.question_mask) if self.blip2.config.reads_instructions else ()
-        soft_BQW = self.blip2.soft_prompts(self.blip2.see(batch.pixels), *question)
+        soft_BQW = self.blip2.soft_prompts(self.blip2.see(batch.pixels), *questions_of(self.blip2, batch))
         loss = language_modelling.lm_share(
             self.blip2.hidden(soft_BQW, batch.token_ids, batch.read_ids, batch.read_mask),
             batch.token_ids,
