@@ -4,7 +4,6 @@ An answer is chosen from the candidates where a row has any, or written. Every r
 first measures and writes `evaluation.answers.PREDICTIONS`, one row a question.
 """
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,14 @@ from blip_pipelines.data.instruction_tokens import INSTRUCTION, InstructionToken
 from blip_pipelines.data.instructions import Instructions
 from blip_pipelines.data.storage import StorageError
 from blip_pipelines.data.transforms import ImageConfig
-from blip_pipelines.evaluation.answers import ROLES, measure_answers, write_answers
 from blip_pipelines.inference.answering import AnswerConfig, Answerer
 from blip_pipelines.jobs.exported import Precision
 from blip_pipelines.jobs.instruct_tuning import PromptConfig
-from blip_pipelines.jobs.instruction_answers import Asking, answers_of, drawn_rows
+from blip_pipelines.jobs.instruction_answers import Asking, answers_of, drawn_rows, measure
 from blip_pipelines.jobs.receipt import OUTPUTS
 from blip_pipelines.jobs.training_data import Images
 from blip_pipelines.models.blip2_exports import load_blip2
 from blip_pipelines.training.distributed import World
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,15 +99,5 @@ def run(config: dict[str, Any], inputs: dict[str, Path], work: Path, world: Worl
     answers = [answer for share in world.gather_objects(answers) for answer in share]
     metrics: dict[str, float] = {}
     if world.is_first:
-        texts, scores = [answer.text for answer in answers], [answer.scores for answer in answers]
-        measured = measure_answers(view, texts, scores, settings.bootstrap_draws, settings.seed)
-        write_answers(work / OUTPUTS, measured.rows)
-        metrics = measured.values
-        for role in [role for role in ROLES if f"accuracy/{role}" in metrics]:
-            log.info(
-                "%-8s accuracy %.3f   one answer for all %.3f   difference %+.3f (%+.3f to %+.3f)",
-                role.replace("_", " "),
-                *(metrics[f"{name}/{role}"] for name in ("accuracy", "majority", "accuracy_gain")),
-                *(metrics[f"accuracy_gain_{end}/{role}"] for end in ("low", "high")),
-            )
+        metrics = measure(view, answers, settings.bootstrap_draws, settings.seed, work / OUTPUTS)
     return {"metrics": metrics, "rows": len(view)}
