@@ -18,6 +18,8 @@ from blip_pipelines.data.storage import StorageError
 
 _LOCKS = 256
 _ABANDONED_SECONDS = 86_400  # a half-fetched file this old belongs to no living process
+_ROOM = ".room"
+_LOOK_AGAIN_SECONDS = 0.02
 
 
 class ObjectCache:
@@ -42,8 +44,8 @@ class ObjectCache:
         if not _touch(path):
             with self._lock(f"{int(path.name, 16) % _LOCKS:02x}"):
                 if not _touch(path):  # another process may have fetched it while we waited
-                    self._make_room(url, size)
-                    self.store.download(url, path, sha256)
+                    with self._room(url, path.name, size):
+                        self.store.download(url, path, sha256)
         return path
 
     def open(self, url: str, size: int, identity: str, sha256: str | None = None) -> BinaryIO:
@@ -63,25 +65,46 @@ class ObjectCache:
     def _path(self, url: str, identity: str) -> Path:
         return self.folder / hashlib.sha256(f"{url}\n{identity}".encode()).hexdigest()[:32]
 
-    def _make_room(self, url: str, size: int) -> None:
+    @contextmanager
+    def _room(self, url: str, name: str, size: int) -> Iterator[None]:
+        """So much room, made by letting go what was used longest ago, and kept until the object is there.
+
+        Fetches that are under way keep theirs by a file of no blocks and of the object's size: who comes next counts
+        it, and waits where nothing else is left to let go.
+        """
         if size > self.limit:
             raise StorageError(f"{url}: {size:,} bytes, the cache may hold {self.limit:,}; raise `cache_bytes`")
+        kept = self.folder / f".{name}.{os.getpid()}{_ROOM}"
+        while not self._keep(kept, size):
+            time.sleep(_LOOK_AGAIN_SECONDS)
+        try:
+            yield
+        finally:
+            kept.unlink(missing_ok=True)
+
+    def _keep(self, kept: Path, size: int) -> bool:
+        """Make room and note who has it; False if fetches of others need to end first."""
         with self._lock("room"):
             used, files = 0, []
             for entry in os.scandir(self.folder):
-                if entry.is_file():
-                    stat = entry.stat()
-                    if not entry.name.startswith("."):
-                        files.append((stat.st_mtime_ns, stat.st_size, entry.path))
-                    elif time.time() - stat.st_mtime > _ABANDONED_SECONDS:
-                        Path(entry.path).unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # a fetch ended meanwhile
+                    if not entry.is_file() or _is_abandoned(entry):
                         continue
-                    used += stat.st_size
+                    stat, is_hidden = entry.stat(), entry.name.startswith(".")
+                    if not is_hidden:
+                        files.append((stat.st_mtime_ns, stat.st_size, entry.path))
+                    if not is_hidden or entry.name.endswith(_ROOM):  # what is half there has its room noted
+                        used += stat.st_size
             for _, bytes_freed, path in sorted(files):
                 if used + size <= self.limit:
-                    return
+                    break
                 Path(path).unlink(missing_ok=True)
                 used -= bytes_freed
+            if used + size > self.limit:
+                return False
+            with kept.open("wb") as file:
+                file.truncate(size)
+            return True
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
@@ -98,4 +121,22 @@ def _touch(path: Path) -> bool:
         os.utime(path)
     except FileNotFoundError:
         return False
+    return True
+
+
+def _is_abandoned(entry: os.DirEntry[str]) -> bool:
+    """Remove what a process left that is gone; whether it was that."""
+    if not entry.name.startswith("."):
+        return False
+    if entry.name.endswith(_ROOM):
+        try:
+            os.kill(int(entry.name.split(".")[-2]), 0)
+            return False
+        except ProcessLookupError:
+            pass
+        except PermissionError:  # it lives, under another user
+            return False
+    elif time.time() - entry.stat().st_mtime <= _ABANDONED_SECONDS:
+        return False
+    Path(entry.path).unlink(missing_ok=True)
     return True
