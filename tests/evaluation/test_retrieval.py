@@ -77,14 +77,14 @@ def test_chunks_change_nothing(monkeypatch):
             assert torch.equal(getattr(getattr(parts, way), name), getattr(getattr(whole, way), name))
 
 
-def test_reranking_adds_the_match_logit_among_the_most_similar_only():
+def test_reranking_adds_both_log_odds_among_the_most_similar_only():
     gallery, similarity_IR, hits_IR = random_gallery(1, rows=30)
     match_IR = 0.5 * torch.randn(similarity_IR.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for first, row in enumerate(gallery.text_of_row):  # a text has one score, whichever row it stands in
         match_IR[:, first] = match_IR[:, np.flatnonzero(gallery.text_of_row == row)[0]]
     kept = 4
     found = retrieve(similarity_IR, gallery, kept)
-    reranked = rerank(found, gallery, lambda images, rows: match_IR[images, rows])
+    reranked = rerank(found, gallery, lambda images, rows: match_IR[images, rows], 3.0)
 
     moved = 0
     for before, after, match_QC, similarity_QC, hits_QC in (
@@ -92,8 +92,8 @@ def test_reranking_adds_the_match_logit_among_the_most_similar_only():
         (found.t2i, reranked.t2i, match_IR.T, similarity_IR.T, hits_IR.T),
     ):
         for query, top in enumerate(before.candidates.tolist()):
-            final = np.full(len(hits_QC[query]), -1000.0) + similarity_QC[query].numpy()
-            final[top] = (similarity_QC[query] + match_QC[query])[top]
+            final = np.full(len(hits_QC[query]), -1000.0) + 3 * similarity_QC[query].numpy()
+            final[top] = (3 * similarity_QC[query] + match_QC[query])[top]
             assert after.ranks[query] == plain_rank(final, hits_QC[query])
             np.testing.assert_allclose(after.scores[query], np.sort(final)[::-1][:kept])
             np.testing.assert_allclose(final[after.candidates[query]], after.scores[query])
@@ -109,7 +109,7 @@ def test_a_pair_is_matched_once_however_often_it_occurs():
         asked.extend(zip(images.tolist(), gallery.text_of_row[rows].tolist(), strict=True))
         return torch.zeros(len(images))
 
-    rerank(retrieve(torch.rand(4, 4), gallery, 4), gallery, match)
+    rerank(retrieve(torch.rand(4, 4), gallery, 4), gallery, match, 1.0)
     assert sorted(asked) == [(image, text) for image in range(4) for text in range(2)]
 
 

@@ -1,5 +1,9 @@
 """Recall at k from scores, both ways, and the re-ranking of the best ITC candidates by ITM (BLIP, section 5.1).
 
+Differs: BLIP adds the match logit to the cosine itself, so that ITC hardly counts among the candidates. Here the
+log-odds of ITM and of ITC, the similarity over the temperature, are added as equals: of a small model ITC is often the
+better judge.
+
 A gallery holds each distinct image once and every caption row. A hit is any pair whose caption stands, somewhere in
 the gallery, with that image: the image's own captions and every equal text. Ties are read against the model: a
 wrong candidate with the same score ranks before the hit, so a model that gives one score to all has recall 0.
@@ -104,13 +108,14 @@ def retrieve(similarity_IR: Tensor, gallery: Gallery, candidates: int) -> Retrie
     )
 
 
-def rerank(found: Retrieval, gallery: Gallery, match: Match) -> Retrieval:
-    """The candidates of `found` in the order of ITM match logit + ITC similarity, as in BLIP; all others stay below.
+def rerank(found: Retrieval, gallery: Gallery, match: Match, similarity_scale: float) -> Retrieval:
+    """The candidates of `found` in the order of ITM log-odds + `similarity_scale` x similarity; all others stay below.
 
     A pair that occurs twice (both ways, or one text in several rows) is scored once.
 
     Args:
-        match: (image indices (P,), rows (P,)) → match logits (P,); called once with the distinct pairs.
+        match: (image indices (P,), rows (P,)) → log-odds of matching (P,); called once with the distinct pairs.
+        similarity_scale: 1 / temperature of ITC, or another weight.
     """
     texts = gallery.owned.shape[1]
     text_of_row = torch.from_numpy(gallery.text_of_row)
@@ -125,8 +130,8 @@ def rerank(found: Retrieval, gallery: Gallery, match: Match) -> Retrieval:
     )
     is_hit = gallery.owned.flatten()
     return Retrieval(
-        _reorder(found.i2t, match_IK.view_as(by_image_IK), is_hit[by_image_IK]),
-        _reorder(found.t2i, match_RK.view_as(by_row_RK), is_hit[by_row_RK]),
+        _reorder(found.i2t, match_IK.view_as(by_image_IK), similarity_scale, is_hit[by_image_IK]),
+        _reorder(found.t2i, match_RK.view_as(by_row_RK), similarity_scale, is_hit[by_row_RK]),
     )
 
 
@@ -145,8 +150,8 @@ def _answer(scores_QC: Tensor, hits: Callable[[slice], Tensor], candidates: int)
     return Answers(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
-def _reorder(found: Answers, match_QK: Tensor, is_hit_QK: Tensor) -> Answers:
-    scores_QK = found.scores + match_QK
+def _reorder(found: Answers, match_QK: Tensor, similarity_scale: float, is_hit_QK: Tensor) -> Answers:
+    scores_QK = found.scores * similarity_scale + match_QK
     best_hit_Q1 = scores_QK.masked_fill(~is_hit_QK, -torch.inf).amax(1, keepdim=True)
     among_candidates_Q = ((scores_QK >= best_hit_Q1) & ~is_hit_QK).sum(1)
     # Without a hit among the candidates the best one stands where it stood: all candidates were and are before it.

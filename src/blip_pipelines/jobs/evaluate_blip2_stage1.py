@@ -43,7 +43,8 @@ def run(config: dict[str, Any], inputs: dict[str, Path], work: Path, world: Worl
     """
     settings = read(Config, config, "evaluation")
     model = RankBlip2(inputs["model"], inputs["images"], settings.precision, work, world)
-    facts = measure(QFormerImageText(model.former, model.tower), model, settings, inputs, work, world)
+    image_text = QFormerImageText(model.former, model.tower)
+    facts = measure(image_text, model, settings, inputs, work, world, model.temperature)
     if world.is_first:
         pairs = Pairs.open(inputs["pairs"], inputs["images"])
         rows = [row for held in held_out(pairs, settings.split, settings.subsets) for row in attention(model, held)]

@@ -26,4 +26,4 @@ def run(config: dict[str, Any], inputs: dict[str, Path], work: Path, world: Worl
     """
     settings = read(Config, config, "evaluation")
     model = RankMed(inputs["model"], inputs["images"], settings.precision, work, world)
-    return measure(MedImageText(model.med), model, settings, inputs, work, world)
+    return measure(MedImageText(model.med), model, settings, inputs, work, world, model.temperature)

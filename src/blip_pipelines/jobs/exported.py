@@ -59,6 +59,7 @@ class RankMed(RankModel):
 
     Attributes:
         med: in evaluation mode on the rank's device.
+        temperature: of its ITC; None where the folder does not say.
 
     Raises:
         StorageError: the folder is damaged or has no tokenizer.
@@ -69,7 +70,7 @@ class RankMed(RankModel):
         tokenizer = its_tokenizer(exported, folder)
         image = read(ImageConfig, exported.image, f"{folder}/med.json: image")
         super().__init__(tokenizer, image, exported.stem, images, precision, work, world)
-        self.med = exported.med.to(world.device)
+        self.med, self.temperature = exported.med.to(world.device), exported.temperature
 
 
 def its_tokenizer(exported: ExportedMed, folder: Path) -> CaptionTokenizer:

@@ -16,6 +16,7 @@ class RankBlip2(RankModel):
     Attributes:
         former, tower, model: in evaluation mode on the rank's device; `model` None after stage 1.
         tokenizer: the Q-Former's.
+        temperature: of its ITC; None where the folder does not say.
 
     Raises:
         StorageError: the folder is damaged or has no tokenizer.
@@ -28,4 +29,5 @@ class RankBlip2(RankModel):
         image = read(ImageConfig, exported.image, f"{folder}/blip2.json: image")
         super().__init__(exported.tokenizer, image, exported.tower.stem, images, precision, work, world)
         self.former, self.tower = exported.former.to(world.device), exported.tower.to(world.device)
+        self.temperature = exported.temperature
         self.model = exported.model.to(world.device) if exported.model is not None else None

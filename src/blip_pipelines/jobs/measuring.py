@@ -28,6 +28,8 @@ from blip_pipelines.jobs.exported import Precision, RankModel
 from blip_pipelines.jobs.receipt import OUTPUTS
 from blip_pipelines.training.distributed import World
 
+UNKNOWN_TEMPERATURE = 0.07  # where BLIP starts
+
 log = logging.getLogger(__name__)
 
 
@@ -58,11 +60,14 @@ class MeasuringConfig(HeldOutConfig):
 
     Args:
         candidates: re-ranked by ITM per query.
+        similarity_scale: weight of ITC similarity beside the log-odds of ITM; null: 1 / temperature of the model. With
+            1 the similarity hardly counts, as in BLIP.
         max_tokens: of a caption that is read.
         prompt: that the captioner was trained with; its captions go on from it.
     """
 
     candidates: int = 16
+    similarity_scale: float | None = None
     max_tokens: int = 30
     prompt: str = ""
     beam: GenerationConfig = field(default_factory=lambda: GenerationConfig("beam"))
@@ -76,21 +81,24 @@ def measure(
     inputs: dict[str, Path],
     work: Path,
     world: World,
+    temperature: float | None = None,
 ) -> dict[str, Any]:
     """Facts: `metrics`, flat, `<metric>/<subset>`; `rows` by subset. Predictions go to the outputs in `work`.
 
     Args:
         inputs: `pairs`, `images`.
+        temperature: of the model's ITC; None where it is not known, and 0.07 is taken.
 
     Raises:
         NothingToMeasure: no row of the split is in any of the subsets.
     """
+    scale = settings.similarity_scale or 1 / (temperature or UNKNOWN_TEMPERATURE)
     pairs = Pairs.open(inputs["pairs"], inputs["images"])
     scenes = held_out(pairs, settings.split, settings.subsets)
     predictions = predictions_of(pairs, model, settings, world)
     for held in scenes:
         scene = _Scene(image_text, model, settings, held, world)
-        by_similarity, by_matching = scene.retrieve()
+        by_similarity, by_matching = scene.retrieve(scale)
         beam, nucleus = scene.caption(settings.beam), scene.caption(settings.nucleus)
         if predictions:
             predictions.add_captions(held, beam, nucleus)
@@ -165,10 +173,10 @@ class _Scene:
             image_mine_QE = image_text.image_features(self.image_mine_ND)
         self.image_IQE, self.text_RE = self._gather(image_mine_QE), self._gather(text_mine_E)
 
-    def retrieve(self) -> tuple[Retrieval, Retrieval]:
+    def retrieve(self, similarity_scale: float) -> tuple[Retrieval, Retrieval]:
         """By ITC alone, and re-ranked by ITM."""
         found = retrieve(similarities(self.image_IQE, self.text_RE), self.held.gallery, self.settings.candidates)
-        return found, rerank(found, self.held.gallery, self._match)
+        return found, rerank(found, self.held.gallery, self._match, similarity_scale)
 
     def caption(self, config: GenerationConfig) -> list[Written]:
         """Of every image, on every rank."""
@@ -185,7 +193,7 @@ class _Scene:
         return self.share.write(captions_of)
 
     def _match(self, images_P: np.ndarray, rows_P: np.ndarray) -> Tensor:
-        """Match logits (P,); each pair is scored by the rank that holds its image."""
+        """Log-odds of matching (P,); each pair is scored by the rank that holds its image."""
         held = np.isin(images_P, self.share.mine)
         places = np.searchsorted(self.share.mine, images_P[held])
         with self.model.autocast():
@@ -193,7 +201,7 @@ class _Scene:
                 self.image_mine_ND, self.token_ids, self.token_mask, places, rows_P[held]
             )
         match_P = torch.zeros(len(images_P))
-        match_P[torch.from_numpy(held)] = logits[:, 1]
+        match_P[torch.from_numpy(held)] = logits[:, 1] - logits[:, 0]
         return self.world.sum(match_P.to(self.world.device)).cpu()
 
     def _gather(self, features: Tensor) -> Tensor:
