@@ -28,7 +28,8 @@ from blip_pipelines.data.loader import Batch
 from blip_pipelines.inference import scoring
 from blip_pipelines.inference.generation import GenerationConfig, draw_from_nucleus, generate
 from blip_pipelines.models.exports import export_med
-from blip_pipelines.models.med import Med, MedConfig, with_first
+from blip_pipelines.models.med import Med, MedConfig
+from blip_pipelines.models.text import with_first
 
 BEAM = GenerationConfig("beam", beams=3, min_tokens=5, max_tokens=20)
 NUCLEUS = GenerationConfig("nucleus", top_p=0.9, min_tokens=5, max_tokens=20)

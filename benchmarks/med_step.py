@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import DEVICE, circumstances, gemm_peak, interleaved, write
 from benchmarks.stock_med import StockMedPretraining
 from blip_pipelines.data.loader import Batch
-from blip_pipelines.models.med import Med, MedConfig, TextConfig
+from blip_pipelines.models.med import Med, MedConfig
 from blip_pipelines.models.stem import lay_out
+from blip_pipelines.models.text import TextConfig
 from blip_pipelines.models.vision import VisionConfig
 from blip_pipelines.objectives.med import MedObjectiveConfig, MedPretraining
 from blip_pipelines.training.distributed import World

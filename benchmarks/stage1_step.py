@@ -21,9 +21,9 @@ from blip_pipelines.data.loader import Batch
 from blip_pipelines.data.sources.packages import wheel_path
 from blip_pipelines.models.frozen_tower import FrozenTower, take_norm, vision_tower
 from blip_pipelines.models.initialisation import initialise
-from blip_pipelines.models.med import TextConfig
 from blip_pipelines.models.qformer import QFormer, QFormerConfig
 from blip_pipelines.models.stem import Stem
+from blip_pipelines.models.text import TextConfig
 from blip_pipelines.models.vision import VisionConfig, VisionTransformer
 from blip_pipelines.objectives.qformer import QFormerObjectiveConfig, QFormerPretraining
 from blip_pipelines.training.distributed import World

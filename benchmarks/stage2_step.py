@@ -25,8 +25,8 @@ from blip_pipelines.models.blip2_exports import export_blip2
 from blip_pipelines.models.frozen_tower import FrozenTower, take_norm, vision_tower
 from blip_pipelines.models.initialisation import initialise
 from blip_pipelines.models.language import LanguageModel
-from blip_pipelines.models.med import TextConfig
 from blip_pipelines.models.qformer import QFormer, QFormerConfig
+from blip_pipelines.models.text import TextConfig
 from blip_pipelines.models.vision import VisionConfig, VisionTransformer
 from blip_pipelines.objectives.generative import GenerativeConfig, GenerativePretraining
 from blip_pipelines.training.distributed import World

@@ -16,7 +16,8 @@ from transformers.models.blip.configuration_blip import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
 
 from blip_pipelines.data.loader import Batch
-from blip_pipelines.models.med import Med, with_first
+from blip_pipelines.models.med import Med
+from blip_pipelines.models.text import with_first
 from blip_pipelines.objectives import contrastive, draws, matching
 from blip_pipelines.objectives.contrastive import Candidates
 from blip_pipelines.objectives.med import MedObjectiveConfig

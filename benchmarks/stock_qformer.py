@@ -20,9 +20,9 @@ from transformers import Blip2ForImageTextRetrieval
 from blip_pipelines.data.loader import Batch
 from blip_pipelines.models.blip2_exports import export_blip2
 from blip_pipelines.models.frozen_tower import FrozenTower
-from blip_pipelines.models.med import with_first
 from blip_pipelines.models.qformer import QFormer
 from blip_pipelines.models.stem import lay_out
+from blip_pipelines.models.text import with_first
 from blip_pipelines.objectives import contrastive, draws, matching
 from blip_pipelines.objectives.qformer import QFormerObjectiveConfig
 

@@ -3,8 +3,8 @@
 import torch
 from model_samples import CLS, DEC, ENC, PAD, SEP
 
-from blip_pipelines.models.med import TextConfig
 from blip_pipelines.models.qformer import QFormer, QFormerConfig
+from blip_pipelines.models.text import TextConfig
 
 
 def tiny_qformer_config(*, queries: int = 4, every: int = 2, image_width: int = 24, **text: float) -> QFormerConfig:

@@ -2,7 +2,8 @@
 
 import torch
 
-from blip_pipelines.models.med import Med, MedConfig, TextConfig
+from blip_pipelines.models.med import Med, MedConfig
+from blip_pipelines.models.text import TextConfig
 from blip_pipelines.models.vision import VisionConfig
 
 PAD, CLS, SEP, DEC, ENC = 0, 1, 2, 3, 4  # as of a pruned vocabulary: not where BERT has them

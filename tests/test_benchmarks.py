@@ -2,7 +2,7 @@ from pathlib import Path
 
 import torch
 
-from blip_pipelines.models.med import TextConfig
+from blip_pipelines.models.text import TextConfig
 from blip_pipelines.models.vision import VisionConfig
 
 

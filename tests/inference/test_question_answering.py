@@ -10,8 +10,9 @@ from blip_pipelines.data.tokens import prune_vocabulary
 from blip_pipelines.inference.generation import GenerationConfig
 from blip_pipelines.inference.question_answering import MedAnswerConfig, MedAnswerer
 from blip_pipelines.models.exports import STOCK, export_med
-from blip_pipelines.models.med import Med, with_first
+from blip_pipelines.models.med import Med
 from blip_pipelines.models.question_answering import KIND, QuestionAnswering
+from blip_pipelines.models.text import with_first
 
 QUESTIONS = ["a red crab", "the small house of a dog", "flag"]
 ANSWERS = ["crab", "red crab", "the house", "green", "blue flag of the dog", "dog"]

@@ -15,8 +15,9 @@ from blip_pipelines.evaluation.answers import PREDICTIONS
 from blip_pipelines.jobs.launch import LaunchConfig, launch
 from blip_pipelines.jobs.receipt import Receipt
 from blip_pipelines.models.exports import export_med
-from blip_pipelines.models.med import Med, MedConfig, TextConfig
+from blip_pipelines.models.med import Med, MedConfig
 from blip_pipelines.models.question_answering import load_question_answering
+from blip_pipelines.models.text import TextConfig
 from blip_pipelines.models.vision import VisionConfig
 
 JOB = "blip_pipelines.jobs.question_answering"

@@ -5,7 +5,9 @@ import torch
 from model_samples import CLS, ENC, stock_config, tiny_config, tiny_med, tiny_pixels, tiny_texts
 
 from blip_pipelines.config import ConfigError
-from blip_pipelines.models.med import Cache, MatchedImages, Med, TextConfig
+from blip_pipelines.models.keys_values import Cache, MatchedImages
+from blip_pipelines.models.med import Med
+from blip_pipelines.models.text import TextConfig
 
 
 @pytest.fixture(scope="module")

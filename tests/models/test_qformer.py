@@ -10,8 +10,9 @@ from torch.nn.functional import normalize
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.tokens import prune_vocabulary
 from blip_pipelines.inference.generation import GenerationConfig, generate
-from blip_pipelines.models.med import Cache, KeysValues, MatchedImages, Source, with_first
+from blip_pipelines.models.keys_values import Cache, KeysValues, MatchedImages, Source
 from blip_pipelines.models.qformer import QFormer, QFormerConfig, serves_text_alone
+from blip_pipelines.models.text import with_first
 
 
 @pytest.fixture(scope="module")

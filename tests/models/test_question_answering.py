@@ -11,8 +11,9 @@ from blip_pipelines.config import ConfigError
 from blip_pipelines.data.storage import StorageError
 from blip_pipelines.data.tokens import prune_vocabulary
 from blip_pipelines.models.exports import STOCK, export_med
-from blip_pipelines.models.med import Med, with_first
+from blip_pipelines.models.med import Med
 from blip_pipelines.models.question_answering import KIND, QuestionAnswering, load_question_answering
+from blip_pipelines.models.text import with_first
 
 
 @pytest.fixture

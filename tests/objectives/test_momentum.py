@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from blip_pipelines.models.med import Med, MedConfig, TextConfig
+from blip_pipelines.models.med import Med, MedConfig
+from blip_pipelines.models.text import TextConfig
 from blip_pipelines.models.vision import VisionConfig
 from blip_pipelines.objectives.contrastive import Candidates
 from blip_pipelines.objectives.momentum import MomentumEncoder, Queue

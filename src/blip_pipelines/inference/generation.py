@@ -19,7 +19,8 @@ from torch import Tensor
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.tokens import CaptionTokenizer
-from blip_pipelines.models.med import Cache, KeysValues, TextConfig
+from blip_pipelines.models.keys_values import Cache, KeysValues
+from blip_pipelines.models.text import TextConfig
 from blip_pipelines.objectives.draws import uniform
 
 

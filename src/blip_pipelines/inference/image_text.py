@@ -17,7 +17,8 @@ from torch import Tensor
 from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.inference import generation, scoring
 from blip_pipelines.inference.generation import Captions, GenerationConfig, generate
-from blip_pipelines.models.med import KeysValues, Med
+from blip_pipelines.models.keys_values import KeysValues
+from blip_pipelines.models.med import Med
 
 CHUNK_ELEMENTS = 64_000_000  # similarities handled at once: bounds memory, not the result
 

@@ -16,7 +16,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from blip_pipelines.inference.generation import Captions, GenerationConfig, generate
 from blip_pipelines.models.blip2 import Blip2
-from blip_pipelines.models.med import Cache, KeysValues, TextConfig
+from blip_pipelines.models.keys_values import Cache, KeysValues
+from blip_pipelines.models.text import TextConfig
 
 NO_TOKEN = -1  # a language model may pad with the token that ends an answer, and then the two could not be told apart
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from blip_pipelines.inference import scoring
 from blip_pipelines.inference.image_text import ImageText
 from blip_pipelines.models.frozen_tower import FrozenTower
-from blip_pipelines.models.med import KeysValues
+from blip_pipelines.models.keys_values import KeysValues
 from blip_pipelines.models.qformer import QFormer
 
 

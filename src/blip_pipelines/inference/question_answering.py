@@ -19,7 +19,7 @@ from blip_pipelines.data.question_loader import QuestionTokens
 from blip_pipelines.inference.answering import Answered
 from blip_pipelines.inference.generation import GenerationConfig, generate
 from blip_pipelines.models.attention import at_least_float32
-from blip_pipelines.models.med import TextKeysValues
+from blip_pipelines.models.keys_values import TextKeysValues
 from blip_pipelines.models.question_answering import QuestionAnswering
 
 

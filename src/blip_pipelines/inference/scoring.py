@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from blip_pipelines.models.med import KeysValues, Med
+from blip_pipelines.models.keys_values import KeysValues
+from blip_pipelines.models.med import Med
 
 BATCH_TEXTS = 256
 BATCH_IMAGES = 64  # projected at once: at BLIP's full size their keys and values are about a gigabyte in float32

@@ -23,9 +23,10 @@ from blip_pipelines.jobs.probe import Probe, ProbeConfig
 from blip_pipelines.jobs.receipt import OUTPUTS
 from blip_pipelines.jobs.training_data import Images, batches_of, fresh_tokenizer, package_wheel
 from blip_pipelines.models.exports import export_med, load_med
-from blip_pipelines.models.med import Med, MedConfig, TextConfig
+from blip_pipelines.models.med import Med, MedConfig
 from blip_pipelines.models.starting_points import StartConfig, start
 from blip_pipelines.models.stem import FEATURES, STRIDE, Stem
+from blip_pipelines.models.text import TextConfig
 from blip_pipelines.models.vision import VisionConfig
 from blip_pipelines.objectives.med import MedObjectiveConfig, MedPretraining
 from blip_pipelines.training import checkpoint

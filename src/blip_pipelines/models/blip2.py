@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from blip_pipelines.data.instruction_tokens import INSTRUCTION, InstructionPlace
 from blip_pipelines.models.frozen_tower import FrozenTower
 from blip_pipelines.models.initialisation import initialise
+from blip_pipelines.models.keys_values import KeysValues
 from blip_pipelines.models.language import LanguageModel, Reading
-from blip_pipelines.models.med import KeysValues
 from blip_pipelines.models.qformer import QFormer
 
 

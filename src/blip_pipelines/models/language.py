@@ -33,7 +33,7 @@ from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.models.exports import quietly
 from blip_pipelines.models.frozen import Frozen
 from blip_pipelines.models.gguf import write_llama
-from blip_pipelines.models.med import KeysValues
+from blip_pipelines.models.keys_values import KeysValues
 from blip_pipelines.models.scratch_language import ScratchConfig, scratch_llama
 
 

@@ -27,21 +27,9 @@ from torch.utils.checkpoint import checkpoint
 from blip_pipelines.config import ConfigError
 from blip_pipelines.models.attention import at_least_float32
 from blip_pipelines.models.initialisation import EMBEDDING_STD, initialise
-from blip_pipelines.models.med import (
-    LM_HEAD_GAIN,
-    Cache,
-    Intermediate,
-    KeysValues,
-    LMHead,
-    MatchedImages,
-    Projections,
-    Residual,
-    Source,
-    TextConfig,
-    attend_to,
-    with_first,
-)
+from blip_pipelines.models.keys_values import Cache, KeysValues, MatchedImages, Source, attend_to
 from blip_pipelines.models.packing import Rows
+from blip_pipelines.models.text import LM_HEAD_GAIN, Intermediate, LMHead, Projections, Residual, TextConfig, with_first
 
 if TYPE_CHECKING:
     from blip_pipelines.data.tokens import CaptionTokenizer

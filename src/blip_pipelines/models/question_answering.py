@@ -19,9 +19,11 @@ from blip_pipelines.config import ConfigError, read
 from blip_pipelines.data.storage import StorageError, read_json, sha256_file
 from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.models.exports import NOTE, WEIGHTS
-from blip_pipelines.models.med import Decoding, KeysValues, Med, MedConfig, TextDecoder, TextKeysValues, with_first
+from blip_pipelines.models.keys_values import KeysValues, TextKeysValues
+from blip_pipelines.models.med import Decoding, Med, MedConfig
 from blip_pipelines.models.packing import Rows
 from blip_pipelines.models.stem import Stem
+from blip_pipelines.models.text import TextDecoder, with_first
 
 KIND = "question_answering"  # the folder of the export
 

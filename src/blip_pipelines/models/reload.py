@@ -16,8 +16,8 @@ from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.models import question_answering
 from blip_pipelines.models.blip2_exports import load_blip2
 from blip_pipelines.models.exports import BLIP2_NOTE, NOTE, STOCK, load_med, quietly
-from blip_pipelines.models.med import with_first
 from blip_pipelines.models.stem import lay_out
+from blip_pipelines.models.text import with_first
 
 TEXTS = ("a picture of it", "one", "what this is", "here is a house")
 PICTURES = len(TEXTS)

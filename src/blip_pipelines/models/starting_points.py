@@ -28,7 +28,8 @@ from blip_pipelines.data.sources.packages import wheel_path
 from blip_pipelines.data.storage import read_json
 from blip_pipelines.models.exports import BLIP2_NOTE, NOTE
 from blip_pipelines.models.initialisation import EMBEDDING_STD
-from blip_pipelines.models.med import Med, TextConfig
+from blip_pipelines.models.med import Med
+from blip_pipelines.models.text import TextConfig
 
 UNUSED = re.compile(r"(^|\.)(pooler|classifier|head|seq_relationship|predictions\.decoder)\.|position_ids$")
 BERT_NAMES = ((r"^bert\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.loader import Batch
-from blip_pipelines.models.med import KeysValues, MatchedImages, Med
+from blip_pipelines.models.keys_values import KeysValues, MatchedImages
+from blip_pipelines.models.med import Med
 from blip_pipelines.objectives import contrastive, draws, language_modelling, matching
 from blip_pipelines.objectives.contrastive import Candidates, Ranks
 from blip_pipelines.objectives.momentum import MomentumEncoder, Queue

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.loader import Batch
 from blip_pipelines.models.frozen_tower import FrozenTower
-from blip_pipelines.models.med import KeysValues, MatchedImages
+from blip_pipelines.models.keys_values import KeysValues, MatchedImages
 from blip_pipelines.models.qformer import QFormer
 from blip_pipelines.objectives import contrastive, draws, language_modelling, matching
 from blip_pipelines.objectives.contrastive import Ranks
