@@ -24,7 +24,8 @@ from benchmarks.loader import caption, picture
 from benchmarks.measure import circumstances, interleaved, write
 from blip_pipelines.data import quality
 from blip_pipelines.data.images import decode
-from blip_pipelines.data.ingest import DataSet, IngestionConfig, ingest
+from blip_pipelines.data.ingest import DataSet, ingest
+from blip_pipelines.data.ingestion_plan import IngestionConfig
 from blip_pipelines.data.records import PAIR_SCHEMA
 from blip_pipelines.data.sources import SourceConfig, open_source
 

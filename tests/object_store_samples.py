@@ -11,7 +11,8 @@ from pathlib import Path
 import boto3
 from moto.server import ThreadedMotoServer
 
-from blip_pipelines.data.object_store import ObjectStore, ObjectStoreConfig
+from blip_pipelines.data.object_requests import ObjectStoreConfig
+from blip_pipelines.data.object_store import ObjectStore
 
 BUCKET = "photos"
 _HOP = {"connection", "transfer-encoding", "content-length", "keep-alive"}

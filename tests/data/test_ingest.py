@@ -14,8 +14,10 @@ from PIL import Image
 from source_samples import write_wheels
 
 from blip_pipelines.data import shard_jobs, storage
+from blip_pipelines.data.gathered import IngestionError
 from blip_pipelines.data.images import ImageLimits, decode
-from blip_pipelines.data.ingest import DataSet, IngestionConfig, IngestionError, ingest
+from blip_pipelines.data.ingest import DataSet, ingest
+from blip_pipelines.data.ingestion_plan import IngestionConfig
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.records import Caption, Record
 from blip_pipelines.data.shards import verify

@@ -13,7 +13,8 @@ from source_samples import write_wheels
 
 from blip_pipelines import config as strict
 from blip_pipelines.data.colours import PALETTE, main_colour
-from blip_pipelines.data.ingest import DataSet, IngestionConfig, ingest
+from blip_pipelines.data.ingest import DataSet, ingest
+from blip_pipelines.data.ingestion_plan import IngestionConfig
 from blip_pipelines.data.instruct import InstructError, InstructionsConfig, files_hash, instruct
 from blip_pipelines.data.instructions import Instructions
 from blip_pipelines.data.pairs import Pairs

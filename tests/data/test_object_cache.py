@@ -7,7 +7,7 @@ from object_store_samples import BUCKET, Fault
 
 from blip_pipelines.data import storage
 from blip_pipelines.data.object_cache import ObjectCache
-from blip_pipelines.data.object_store import ObjectMissingError
+from blip_pipelines.data.object_requests import ObjectMissingError
 from blip_pipelines.data.storage import StorageError
 
 

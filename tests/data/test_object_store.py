@@ -7,7 +7,8 @@ from moto.s3.models import s3_backends
 from object_store_samples import BUCKET, Fault
 
 from blip_pipelines.data import storage
-from blip_pipelines.data.object_store import ObjectMissingError, ObjectStore, ObjectStoreError, split_url
+from blip_pipelines.data.object_requests import ObjectMissingError, ObjectStoreError
+from blip_pipelines.data.object_store import ObjectStore, split_url
 from blip_pipelines.data.storage import StorageError
 
 PART = 64 * 1024

@@ -6,8 +6,10 @@ import pytest
 from data_samples import picture, write_data_set
 from object_store_samples import BUCKET, Fault
 
-from blip_pipelines.data.ingest import DataSet, IngestionConfig, ingest
-from blip_pipelines.data.object_store import ObjectStore, ObjectStoreError
+from blip_pipelines.data.ingest import DataSet, ingest
+from blip_pipelines.data.ingestion_plan import IngestionConfig
+from blip_pipelines.data.object_requests import ObjectStoreError
+from blip_pipelines.data.object_store import ObjectStore
 from blip_pipelines.data.offload import offload, send
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.sources import SourceConfig, open_source

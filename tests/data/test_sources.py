@@ -16,9 +16,10 @@ from public_formats import FORMATS, add, jpeg, write_coco, write_img2dataset, wr
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data import storage
 from blip_pipelines.data.features import FeatureCache
-from blip_pipelines.data.ingest import DataSet, IngestionConfig, ingest
+from blip_pipelines.data.ingest import DataSet, ingest
+from blip_pipelines.data.ingestion_plan import IngestionConfig
 from blip_pipelines.data.loader import DecodedPixels, Loader
-from blip_pipelines.data.object_store import ObjectStoreError
+from blip_pipelines.data.object_requests import ObjectStoreError
 from blip_pipelines.data.order import Order
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.places import open_place

@@ -15,8 +15,8 @@ from blip_pipelines.models.exports import export_med, load_med
 from blip_pipelines.models.frozen import Frozen, weights_hash
 from blip_pipelines.models.frozen_tower import FrozenTower, TowerConfig, med_tower, open_tower
 from blip_pipelines.models.qformer import QFormer
-from blip_pipelines.models.starting_points import StartError
 from blip_pipelines.models.stem import Stem, convolutions
+from blip_pipelines.models.weights import StartError
 
 TINY = {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}

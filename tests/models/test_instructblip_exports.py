@@ -13,7 +13,7 @@ from blip_pipelines.models.blip2_exports import export_blip2, load_blip2
 from blip_pipelines.models.frozen_tower import TowerConfig, open_tower
 from blip_pipelines.models.published import PublishedConfig, open_published
 from blip_pipelines.models.qformer import QFormer
-from blip_pipelines.models.starting_points import StartError
+from blip_pipelines.models.weights import StartError
 
 KINDS = ["opt", "llama", "t5"]
 TEXTS = list(ASKED[:3])

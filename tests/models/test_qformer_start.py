@@ -24,7 +24,7 @@ from blip_pipelines.models.qformer_start import (
     start_from_med,
     start_qformer,
 )
-from blip_pipelines.models.starting_points import StartError, Weights, read_weights
+from blip_pipelines.models.weights import StartError, Weights, read_weights
 
 VOCABULARY = 38  # of the source; the tiny Q-Former has two words more
 

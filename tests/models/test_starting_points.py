@@ -23,9 +23,6 @@ from blip_pipelines.models.med import Med
 from blip_pipelines.models.packing import Rows
 from blip_pipelines.models.starting_points import (
     StartConfig,
-    StartError,
-    Weights,
-    read_weights,
     reduce_tables,
     resize_positions,
     start,
@@ -33,6 +30,7 @@ from blip_pipelines.models.starting_points import (
     start_text,
     start_vision,
 )
+from blip_pipelines.models.weights import StartError, Weights, read_weights
 
 VOCABULARY = 38  # of the source; the tiny model has two words more
 

@@ -11,7 +11,7 @@ import click
 from blip_pipelines.commands.project import configuration, env_option, friendly, project_root
 
 if TYPE_CHECKING:
-    from blip_pipelines.data.ingest import IngestionConfig
+    from blip_pipelines.data.ingestion_plan import IngestionConfig
 
 SOURCE = "source"
 

@@ -7,66 +7,21 @@ workers and interruptions change no byte. Rows are counted in captions: rows in 
 
 import logging
 import re
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip_pipelines import config as strict
-from blip_pipelines.data import shards, splits, storage
-from blip_pipelines.data.contracts import ContractsConfig
-from blip_pipelines.data.images import ImageLimits
-from blip_pipelines.data.noise import NoiseConfig
+from blip_pipelines.data import shards, storage
+from blip_pipelines.data.gathered import NOISE_SCHEMA, Gathered, Quarantine
+from blip_pipelines.data.ingestion_plan import IngestionConfig, Unit, archive_jobs, file_jobs, plan_files
 from blip_pipelines.data.pairs import write_pairs
-from blip_pipelines.data.records import PAIR_SCHEMA, QUARANTINE_SCHEMA, Caption, Record, Refused
-from blip_pipelines.data.shard_jobs import Archived, ShardJob, Wanted, do_jobs
-from blip_pipelines.data.sources import TRUTH_SCHEMA, Archive, ArchiveSource, Quarantined, Source, SourceConfig
-from blip_pipelines.data.splits import SplitConfig
-from blip_pipelines.data.storage import StorageError
+from blip_pipelines.data.shard_jobs import do_jobs
+from blip_pipelines.data.sources import ArchiveSource, Quarantined, Source
 
 log = logging.getLogger(__name__)
-
-_SPLIT_RANK = {"train": 0, "val": 1, "test": 2}
-_SAMPLED_ARCHIVES = 16  # of each split, under a limit
-_QUARANTINED_AT_ONCE = 10_000
-_USED = (
-    *("key", "shard", "offset", "size", "width", "height"),
-    *("reason", "error", "archive_member", "split", "captions"),
-)  # columns of an index
-NOISE_SCHEMA = pa.schema([pa.field("key", pa.string(), nullable=False), *TRUTH_SCHEMA])
-
-
-class IngestionError(RuntimeError):
-    """Ingestion that cannot give a data set; the message says what was found and what to do."""
-
-
-@dataclass(frozen=True)
-class IngestionConfig:
-    """Everything that decides a data set.
-
-    Args:
-        limit: about so many images, drawn by hash from every split and subset; None for all.
-        shard_images: images in a tar shard, refused ones counted.
-        workers: processes that read and decode; 0 for one a core.
-    """
-
-    source: SourceConfig = field(default_factory=SourceConfig)
-    seed: int = 0
-    limit: int | None = None
-    shard_images: int = 1024
-    max_caption_characters: int = 2000
-    limits: ImageLimits = field(default_factory=ImageLimits)
-    splits: SplitConfig = field(default_factory=SplitConfig)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
-    contracts: ContractsConfig = field(default_factory=ContractsConfig)
-    workers: int = strict.speed_only(0)
 
 
 @dataclass(frozen=True)
@@ -77,29 +32,6 @@ class DataSet:
     pairs: Path
     quarantine: Path
     noise: Path
-
-
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """One distinct file of the source: the records of all its copies."""
-
-    records: tuple[Record, ...]
-    checksum: str = ""
-
-    @property
-    def member(self) -> str:
-        return self.records[0].member
-
-    @property
-    def rows(self) -> int:
-        return sum(len(record.captions) for record in self.records)
-
-    @property
-    def cell(self) -> tuple[str, str | None]:
-        """Declared (split, subset) of the strongest copy, from which `limit` draws."""
-        strongest = max(self.records, key=lambda record: _SPLIT_RANK.get(record.split or "", -1))
-        split = strongest.split or ""
-        return split, None if split in ("", "train") else strongest.subset or "all"
 
 
 def ingest(source: Source | ArchiveSource, config: IngestionConfig, out: DataSet) -> dict[str, Any]:
@@ -116,11 +48,11 @@ def ingest(source: Source | ArchiveSource, config: IngestionConfig, out: DataSet
     """
     if isinstance(source, ArchiveSource):
         lost: list[Quarantined] = []
-        units: list[_Unit] = []
-        jobs = _archive_jobs(source, config, out.images)
+        units: list[Unit] = []
+        jobs = archive_jobs(source, config, out.images)
     else:
-        units, lost = _plan(source, config)
-        jobs = _jobs(units, source.readers, config, out.images)
+        units, lost = plan_files(source, config)
+        jobs = file_jobs(units, source.readers, config, out.images)
     written = do_jobs(jobs, config.workers)
     in_place = {shards.shard_name(job.number): job.url for job in jobs if job.url is not None}
     offloaded = shards.read_places(out.images)[0]
@@ -131,11 +63,11 @@ def ingest(source: Source | ArchiveSource, config: IngestionConfig, out: DataSet
     shards.write_places(out.images, places, config.source.s3)
     _keep_only(out.images, {job.index_path.name for job in jobs} | (names - in_place.keys()))
 
-    with _Quarantine(out.quarantine, source.name) as quarantine:
+    with Quarantine(out.quarantine, source.name) as quarantine:
         for row in lost:
             quarantine.add(row)
         truth = None if isinstance(source, ArchiveSource) else source.truth()
-        gathered = _Gathered(jobs, units, config, source.name, quarantine, truth)
+        gathered = Gathered(jobs, units, config, source.name, quarantine, truth)
         write_pairs(out.pairs, gathered.tables(), images_hash, gathered.counts)
     _keep_only(out.pairs, {f"{number:05d}.parquet" for number in range(len(jobs))})
     _write_table(pa.Table.from_pylist(gathered.noise, NOISE_SCHEMA), out.noise)
@@ -145,249 +77,6 @@ def ingest(source: Source | ArchiveSource, config: IngestionConfig, out: DataSet
         source.name, gathered.rows, counts["distinct_images"], quarantine.rows,
     )  # fmt: skip
     return {"rows": gathered.rows, **counts}
-
-
-def _plan(source: Source, config: IngestionConfig) -> tuple[list[_Unit], list[Quarantined]]:
-    """Distinct files in the order in which they are stored: drawn, so that each shard is a fair sample of the whole."""
-    checksums = {entry.member: entry.checksum for entry in source.listing()}
-    copies: dict[str, list[Record]] = {}
-    lost = []
-    for found in source.records():
-        if isinstance(found, Quarantined):
-            lost.append(found)
-        elif not found.captions:
-            lost.append(Quarantined(found.member, "no_caption", "no caption names this image"))
-        else:
-            copies.setdefault(checksums[found.member], []).append(found)
-    units = [_Unit(tuple(same), checksum) for checksum, same in copies.items()]
-    units.sort(key=lambda unit: splits.draw(config.seed, "order", unit.member))
-    if config.limit is not None:
-        cells, names = [unit.cell for unit in units], [unit.member for unit in units]
-        units = splits.sample(units, cells, names, config.limit, config.seed)
-    return units, lost
-
-
-def _jobs(units: Sequence[_Unit], readers: int, config: IngestionConfig, folder: Path) -> list[ShardJob]:
-    wanted = [Wanted(unit.records[0].read, unit.checksum) for unit in units]
-    return [
-        ShardJob(number, tuple(wanted[start : start + config.shard_images]), folder, config.limits, readers=readers)
-        for number, start in enumerate(range(0, len(units), config.shard_images))
-    ]
-
-
-def _archive_jobs(source: ArchiveSource, config: IngestionConfig, folder: Path) -> list[ShardJob]:
-    """A job an archive; under a limit a few archives of each declared split, and of each the first images."""
-    archives, at_most = list(source.archives()), None
-    if config.limit is not None:
-        by_split: dict[str | None, list[Archive]] = {}
-        for archive in archives:
-            by_split.setdefault(archive.split, []).append(archive)
-        for same in by_split.values():
-            same.sort(key=lambda archive: splits.draw(config.seed, "sample", archive.name))
-        chosen = {archive.name for same in by_split.values() for archive in same[:_SAMPLED_ARCHIVES]}
-        archives = [archive for archive in archives if archive.name in chosen]
-        at_most = -(-config.limit // len(archives))
-    return [
-        ShardJob(number, Archived(archive, at_most), folder, config.limits, spare=len(archives) + number)
-        for number, archive in enumerate(archives)
-    ]
-
-
-class _Quarantine:
-    """The table of refused rows, written as they come; `rows` and `reasons` count them."""
-
-    def __init__(self, path: Path, source: str):
-        self.path, self.source, self.rows, self.reasons = path, source, 0, Counter[str]()
-        self._waiting: list[dict[str, Any]] = []
-
-    def __enter__(self) -> "_Quarantine":
-        self._stack = ExitStack().__enter__()
-        temporary = self._stack.enter_context(storage.writing(self.path))
-        self._writer = self._stack.enter_context(
-            pq.ParquetWriter(temporary, QUARANTINE_SCHEMA, compression="zstd", compression_level=3)
-        )
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        if failure[0] is None:
-            self._flush()
-        self._stack.__exit__(*failure)
-
-    def add(self, row: Quarantined) -> None:
-        self.rows += 1
-        self.reasons[row.reason] += 1
-        self._waiting.append({"source": self.source, **row._asdict()})
-        if len(self._waiting) >= _QUARANTINED_AT_ONCE:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._waiting, QUARANTINE_SCHEMA))
-        self._waiting = []
-
-
-class _Gathered:
-    """Captions of the images that were stored, shard by shard; an image's rows go to the table of its first copy.
-
-    What holds of the whole set (copies in other shards, splits of copies) is looked up for images that occur more than
-    once alone, so that memory follows one shard and the copies.
-    """
-
-    def __init__(
-        self,
-        jobs: Sequence[ShardJob],
-        units: Sequence[_Unit],
-        config: IngestionConfig,
-        source: str,
-        quarantine: _Quarantine,
-        truth: pa.Table | None,
-    ):
-        self.jobs, self.units, self.config, self.source, self.quarantine = jobs, units, config, source, quarantine
-        self.rows, self.counts, self.noise = 0, dict[str, Any](), list[dict[str, Any]]()
-        self._truth = {row["member"]: row for row in truth.to_pylist()} if truth is not None else {}
-        self._rows_in = quarantine.rows
-        self._find_copies()
-
-    def tables(self) -> Iterator[pa.Table]:
-        """A `PAIR_SCHEMA` table for each job; afterwards `counts`, `rows` and `noise` are whole.
-
-        Raises:
-            IngestionError: nothing was kept, or rows went missing.
-        """
-        images, origins, of_split = 0, Counter[str](), Counter[str]()
-        for number in range(len(self.jobs)):
-            rows: list[dict[str, Any]] = []
-            texts: set[tuple[str, str]] = set()
-            for unit, image in self._images(number):
-                self._rows_in += max(unit.rows, 1)
-                if image["key"] is None or self._first.get(image["key"], (number,))[0] == number:
-                    self._add_rows(unit, image, rows, texts)
-            for unit, image in self._later.get(number, ()):
-                self._add_rows(unit, image, rows, texts)
-            self.rows += len(rows)
-            images += len({row["key"] for row in rows})
-            origins.update(row["origin"] for row in rows)
-            of_split.update("/".join(filter(None, (row["split"], row["subset"]))) for row in rows)
-            yield pa.Table.from_pylist(rows, PAIR_SCHEMA)
-        self._check()
-        self.counts["distinct_images"] = images
-        self.counts["origins"], self.counts["splits"] = dict(sorted(origins.items())), dict(sorted(of_split.items()))
-        self.counts["quarantined"] = dict(sorted(self.quarantine.reasons.items()))
-
-    def _check(self) -> None:
-        if self.rows + self.quarantine.rows != self._rows_in:
-            raise IngestionError(
-                f"{self._rows_in} rows came in, {self.rows} were kept and {self.quarantine.rows} quarantined; rows "
-                "went missing, which is a fault of ingestion and not of the data: report it"
-            )
-        if self.rows == 0:
-            reasons = sorted(self.quarantine.reasons.items())
-            said = ", ".join(f"{reason} {count}" for reason, count in reasons) or "it has no rows"
-            raise IngestionError(f"nothing of the source '{self.source}' can be used: {said}")
-
-    def _images(self, number: int, columns: Sequence[str] = _USED) -> Iterator[tuple[_Unit, dict[str, Any]]]:
-        """Each image that was wanted in a shard, with its row of the index."""
-        job = self.jobs[number]
-        index = pq.read_table(job.index_path, columns=list(columns)).to_pylist()
-        if not isinstance(job.wanted, Archived):
-            start = number * self.config.shard_images
-            yield from zip(self.units[start : start + len(index)], index, strict=True)
-            return
-        for row in index:
-            captions = tuple(Caption(**caption) for caption in row["captions"] or ())
-            record = Record(row["archive_member"], _unread, captions, self.source, row["split"])
-            yield _Unit((record,)), row
-
-    def _find_copies(self) -> None:
-        """`_first`: (shard, place and names, strongest declared split) by key, of images that occur more than once.
-        `_later`: by shard, their copies from other shards."""
-        starts = [_starts_of_keys(job) for job in self.jobs]
-        values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *starts]), return_counts=True)
-        repeated = set(values[counts > 1].tolist())
-        self._first: dict[str, tuple[int, _Unit, dict[str, Any], str | None]] = {}
-        self._later: dict[int, list[tuple[_Unit, dict[str, Any]]]] = {}
-        for number, of_shard in enumerate(starts):
-            if repeated.isdisjoint(of_shard.tolist()):
-                continue
-            for unit, image in self._images(number):
-                if (key := image["key"]) is None or _start_of(key) not in repeated:
-                    continue
-                first, first_unit, first_image, declared = self._first.get(key, (number, unit, image, None))
-                declared = _strongest([declared, *(record.split for record in unit.records)])
-                self._first[key] = first, first_unit, first_image, declared
-                if first != number:
-                    self._later.setdefault(first, []).append((unit, image))
-
-    def _add_rows(
-        self, unit: _Unit, image: dict[str, Any], rows: list[dict[str, Any]], texts: set[tuple[str, str]]
-    ) -> None:
-        key = image["key"]
-        if key is None:
-            row = Quarantined(unit.member, image["reason"], image["error"])
-            for record in unit.records:
-                for _ in record.captions or (None,):
-                    self.quarantine.add(row._replace(member=record.member))
-            return
-        _, first, stored, declared = self._first.get(key) or (
-            0, unit, image, _strongest([record.split for record in unit.records])
-        )  # fmt: skip
-        belongs = declared or splits.by_image(key, self.config.splits, self.config.seed)
-        place = {name: stored[name] for name in ("key", "shard", "offset", "size", "width", "height")}
-        place |= {"member": first.member, "related_key": first.records[0].related_key, "source": self.source}
-        for record in unit.records:
-            split = record.split or belongs
-            subset = None if split == "train" else record.subset or "all"
-            for caption in record.captions:
-                try:
-                    text = _check_text(caption.text, self.config.max_caption_characters)
-                    if split != belongs:
-                        raise Refused("in_evaluation", f"the same image is in {belongs}, as {first.member}")
-                    if (key, text.lower()) in texts:
-                        raise Refused("duplicate_caption", f"the image has this caption already, as {first.member}")
-                except Refused as error:
-                    self.quarantine.add(Quarantined(record.member, error.reason, str(error)))
-                    continue
-                texts.add((key, text.lower()))
-                said = {"caption": text, "origin": caption.origin, "language": caption.language}
-                rows.append({**place, **said, "split": split, "subset": subset})
-                if (known := self._truth.get(record.member)) is not None:
-                    self.noise.append({**known, "key": key, "member": first.member, "caption": text})
-
-
-def _strongest(declared: Iterable[str | None]) -> str | None:
-    return max((split for split in declared if split is not None), key=_SPLIT_RANK.__getitem__, default=None)
-
-
-def _starts_of_keys(job: ShardJob) -> np.ndarray:
-    """(images,) uint64: the first 16 digits of each key of a shard."""
-    keys = pq.read_table(job.index_path, columns=["key"])["key"].to_pylist()
-    return np.fromiter((_start_of(key) for key in keys if key is not None), np.uint64)
-
-
-def _start_of(key: str) -> int:
-    return int(key[:16], 16)
-
-
-def _unread() -> bytes:
-    raise StorageError("an archived image is read by the job of its archive alone")
-
-
-def _check_text(text: str, max_characters: int) -> str:
-    """The caption with single spaces.
-
-    Raises:
-        Refused: empty_caption, long_caption, invalid_utf8 or control_character.
-    """
-    if len(text) > max_characters:
-        raise Refused("long_caption", f"{len(text)} characters, over the limit of {max_characters}: {text[:60]!r}...")
-    text = " ".join(text.split())
-    if not text:
-        raise Refused("empty_caption", "the caption has no characters")
-    for character in text:
-        if (category := unicodedata.category(character)) == "Cs":
-            raise Refused("invalid_utf8", f"{character!r} is half a character")
-        if category == "Cc":
-            raise Refused("control_character", f"holds {character!r}")
-    return text
 
 
 def _write_table(table: pa.Table, path: Path) -> None:

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from blip_pipelines.data.object_store import ObjectStore, ObjectStoreConfig
+from blip_pipelines.data.object_requests import ObjectStoreConfig
+from blip_pipelines.data.object_store import ObjectStore
 from blip_pipelines.data.storage import StorageError
 
 _LOCKS = 256

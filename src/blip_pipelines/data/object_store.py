@@ -1,84 +1,29 @@
 """Objects on S3 and everything that speaks its protocol: listed, read, fetched in parallel parts, stored, verified.
 
-The only module that knows boto3. A request is tried again, with growing pauses, while that can help; what comes is
-checked against the length, the tag or the checksum that the store declares, and against the hash that the caller knows.
-So a failure ends in a whole object or in one error that names it. Credentials come from the standard chain alone
-(environment, ~/.aws, role of the machine); no configuration of ours holds any.
+What comes is checked against the length, the tag or the checksum that the store declares, and against the hash that
+the caller knows, and is asked for again where it differs. So a fetch ends in a whole object or in one error that names
+it.
 """
 
 import base64
 import os
-import random
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from blip_pipelines.config import speed_only
 from blip_pipelines.data import object_checks, storage
 from blip_pipelines.data.object_checks import About
-from blip_pipelines.data.storage import StorageError
-
-T = TypeVar("T")
+from blip_pipelines.data.object_requests import (
+    Changed,
+    ObjectMissingError,
+    ObjectStoreConfig,
+    ObjectStoreError,
+    Passing,
+    Requests,
+)
 
 SCHEME = "s3://"
-_AT_ONCE = 65_536  # bytes taken from a connection before the clock is looked at
-_LONGEST_PAUSE = 20.0
-_PASSING = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException"}
-_PASSING |= {"RequestLimitExceeded", "TooManyRequests", "BadDigest"}
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
-_MISSING = {"NoSuchKey", "NoSuchBucket", "404", "NotFound"}
-
-
-class ObjectStoreError(StorageError):
-    """A request that failed for good; the message names the object and what to do. It concerns more than one object."""
-
-
-class ObjectMissingError(StorageError):
-    """There is no such object (any more)."""
-
-
-class _Passing(Exception):
-    """A failure that another try may not meet."""
-
-
-class _Changed(Exception):
-    """The object was replaced while it was being read."""
-
-
-@dataclass(frozen=True)
-class ObjectStoreConfig:
-    """How to reach a store and how hard to try. None of it changes what is read.
-
-    Args:
-        endpoint: of an S3-compatible store; None for AWS, or for what AWS_ENDPOINT_URL or the profile says.
-        profile: section of ~/.aws/config; None for AWS_PROFILE or the default.
-        region: None for what the chain says.
-        anonymous: send no credentials, for public buckets.
-        connections: requests at once, of one process.
-        part_bytes: larger objects travel in parts of this size.
-        attempts: of each request.
-        pause_seconds: after the first failure; doubles, up to 20 s, and is shortened at random.
-        timeout_seconds: for an answer to begin, and for a part to arrive: slower is a failure.
-        cache: folder of fetched objects, shared by the processes of a machine.
-        cache_bytes: what the cache may hold; the objects used longest ago go first.
-    """
-
-    endpoint: str | None = speed_only(None)
-    profile: str | None = speed_only(None)
-    region: str | None = speed_only(None)
-    anonymous: bool = speed_only(False)
-    connections: int = speed_only(8)
-    part_bytes: int = speed_only(8 * 2**20)
-    attempts: int = speed_only(6)
-    pause_seconds: float = speed_only(0.5)
-    timeout_seconds: float = speed_only(60.0)
-    cache: str = speed_only("data/.cache/objects")
-    cache_bytes: int = speed_only(20 * 2**30)
 
 
 class Listed(NamedTuple):
@@ -89,21 +34,11 @@ class Listed(NamedTuple):
     etag: str
 
 
-@dataclass
-class _Connection:
-    """A client, made when it is first wanted."""
-
-    client: Any = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
 class ObjectStore:
     """Objects by url `s3://bucket/key`. Safe for threads and forks; pickles as its configuration."""
 
     def __init__(self, config: ObjectStoreConfig):
-        self.config = config
-        # A forked child must neither talk over its parent's sockets nor wait for a lock that a thread there held.
-        self._of_process: dict[int, _Connection] = {}
+        self.config, self._requests = config, Requests(config)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ObjectStore, (self.config,)
@@ -131,7 +66,9 @@ class ObjectStore:
             ObjectMissingError, ObjectStoreError: as `listing`.
         """
         bucket, key = split_url(url)
-        head = self._try(url, lambda client: client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED"))
+        head = self._requests.send(
+            url, lambda client: client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+        )
         return object_checks.about(head, head["ContentLength"])
 
     def read(self, url: str, start: int = 0, size: int | None = None) -> bytes:
@@ -145,12 +82,12 @@ class ObjectStore:
 
         def get(client: Any) -> bytes:
             answer = client.get_object(Bucket=bucket, Key=key, **span, **({} if span else {"ChecksumMode": "ENABLED"}))
-            content = self._receive(answer, size)
+            content = self._requests.receive(answer, size)
             if not span and not object_checks.is_intact(content, object_checks.about(answer, len(content))):
-                raise _Passing("what came is not what its checksum says")
+                raise Passing("what came is not what its checksum says")
             return content
 
-        return self._try(url, get)
+        return self._requests.send(url, get)
 
     def download(self, url: str, path: Path, sha256: str | None = None) -> None:
         """Put a whole object at `path`, atomically, in parallel parts.
@@ -166,12 +103,12 @@ class ObjectStore:
         with storage.writing(path) as temporary:
             for attempt in range(self.config.attempts):
                 if attempt:
-                    self._pause(attempt)
+                    self._requests.pause(attempt)
                 try:
                     about = self.about(url)
                     self._fetch_parts(url, about, temporary)
                     why = self._differs(url, temporary, about, sha256)
-                except _Changed:
+                except Changed:
                     why = "it is replaced while it is read"
                 if why is None:
                     return
@@ -192,7 +129,7 @@ class ObjectStore:
             return expected
         if len(parts) == 1:
             body, md5 = path.read_bytes(), base64.b64encode(parts[0][2]).decode()
-            self._try(url, lambda c: c.put_object(Bucket=bucket, Key=key, Body=body, ContentMD5=md5))
+            self._requests.send(url, lambda c: c.put_object(Bucket=bucket, Key=key, Body=body, ContentMD5=md5))
         else:
             upload, there = self._unfinished(bucket, key, url)
             todo = [
@@ -203,14 +140,14 @@ class ObjectStore:
             self._at_once(lambda part: self._send_part(path, url, upload, *part), todo)
             tags = [{"PartNumber": n, "ETag": f'"{part[2].hex()}"'} for n, part in enumerate(parts, start=1)]
             done = {"Bucket": bucket, "Key": key, "UploadId": upload, "MultipartUpload": {"Parts": tags}}
-            self._try(url, lambda client: client.complete_multipart_upload(**done))
+            self._requests.send(url, lambda client: client.complete_multipart_upload(**done))
         about = self.about(url)
         if about.size != path.stat().st_size or (about.checks and about.etag != expected):
             raise ObjectStoreError(f"{url}: the store keeps something else than was sent; upload it again")
         return about.etag
 
     def _page(self, url: str, operation: str, **request: Any) -> dict[str, Any]:
-        return self._try(url, lambda client: getattr(client, operation)(**request))
+        return self._requests.send(url, lambda client: getattr(client, operation)(**request))
 
     def _stored_tag(self, url: str) -> str | None:
         try:
@@ -220,7 +157,7 @@ class ObjectStore:
 
     def _unfinished(self, bucket: str, key: str, url: str) -> tuple[str, dict[int, tuple[int, str]]]:
         """An upload of this object that was begun, with the (size, md5) of its parts; else a new one."""
-        begun = self._try(url, lambda client: client.list_multipart_uploads(Bucket=bucket, Prefix=key))
+        begun = self._requests.send(url, lambda client: client.list_multipart_uploads(Bucket=bucket, Prefix=key))
         for upload in begun.get("Uploads", ()):
             if upload["Key"] != key:
                 continue
@@ -232,7 +169,7 @@ class ObjectStore:
                 if not page.get("IsTruncated"):
                     return upload["UploadId"], there
                 request = {**request, "PartNumberMarker": page["NextPartNumberMarker"]}
-        made = self._try(url, lambda client: client.create_multipart_upload(Bucket=bucket, Key=key))
+        made = self._requests.send(url, lambda client: client.create_multipart_upload(Bucket=bucket, Key=key))
         return made["UploadId"], {}
 
     def _send_part(self, path: Path, url: str, upload: str, number: int, start: int, size: int, digest: bytes) -> None:
@@ -242,7 +179,7 @@ class ObjectStore:
             body = file.read(size)
         request = {"Bucket": bucket, "Key": key, "UploadId": upload, "PartNumber": number, "Body": body}
         md5 = base64.b64encode(digest).decode()
-        self._try(url, lambda client: client.upload_part(**request, ContentMD5=md5))
+        self._requests.send(url, lambda client: client.upload_part(**request, ContentMD5=md5))
 
     def _fetch_parts(self, url: str, about: About, path: Path) -> None:
         bucket, key = split_url(url)
@@ -255,9 +192,9 @@ class ObjectStore:
                 span = {"Range": f"bytes={start}-{start + size - 1}", "IfMatch": f'"{about.etag}"'}
 
                 def get(client: Any) -> bytes:
-                    return self._receive(client.get_object(Bucket=bucket, Key=key, **span), size)
+                    return self._requests.receive(client.get_object(Bucket=bucket, Key=key, **span), size)
 
-                os.pwrite(file.fileno(), self._try(url, get), start)
+                os.pwrite(file.fileno(), self._requests.send(url, get), start)
 
             self._at_once(fetch, starts)
 
@@ -270,32 +207,6 @@ class ObjectStore:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-
-    def _receive(self, answer: dict[str, Any], size: int | None) -> bytes:
-        """The body, whole and in time, or _Passing."""
-        import urllib3
-
-        body, declared = answer["Body"], answer["ContentLength"]
-        if size is not None and declared != size:
-            body.close()
-            raise _Passing(f"{declared} bytes came where {size} were asked for")
-        # StreamingBody waits until it has all that it was asked for, so that a trickle could hold it for hours.
-        raw, content, deadline = body._raw_stream, bytearray(), time.monotonic() + self.config.timeout_seconds
-        try:
-            while len(content) < declared:
-                chunk = raw.read1(_AT_ONCE)
-                if not chunk:
-                    raise _Passing(f"the answer broke off after {len(content)} of {declared} bytes")
-                content += chunk
-                if time.monotonic() > deadline and len(content) < declared:
-                    seconds = self.config.timeout_seconds
-                    raise _Passing(f"only {len(content)} of {declared} bytes came in {seconds:g} s")
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise _Passing(f"the answer broke off after {len(content)} of {declared} bytes ({error})") from error
-        finally:
-            if len(content) < declared:
-                body.close()
-        return bytes(content)
 
     def _differs(self, url: str, path: Path, about: About, sha256: str | None) -> str | None:
         """In what a fetched file is not what it should be."""
@@ -313,90 +224,11 @@ class ObjectStore:
     def _is_of_parts(self, url: str, path: Path, about: About) -> bool:
         """Whether the tag of an object that was stored in parts is that of the file."""
         bucket, key = split_url(url)
-        head = self._try(url, lambda client: client.head_object(Bucket=bucket, Key=key, PartNumber=1))
+        head = self._requests.send(url, lambda client: client.head_object(Bucket=bucket, Key=key, PartNumber=1))
         size = head["ContentLength"]
         if not (about.parts - 1) * size < about.size <= about.parts * size:
             return True  # parts of several sizes, or a store that does not tell
         return object_checks.tag_of([digest for _, _, digest in object_checks.parts_of(path, size)]) == about.etag
-
-    def _try(self, url: str, call: Callable[[Any], T]) -> T:
-        """What `call(client)` returns, tried again while that may help."""
-        why = ""
-        for attempt in range(self.config.attempts):
-            if attempt:
-                self._pause(attempt)
-            try:
-                return call(self._client())
-            except Exception as error:
-                why = self._judge(url, error, attempt)
-        raise ObjectStoreError(
-            f"{url}: {why}, in the last of {self.config.attempts} attempts; look at the network and the store, then "
-            "run again: what was finished is kept"
-        )
-
-    def _judge(self, url: str, error: Exception, attempt: int) -> str:
-        """Why another try may help.
-
-        Raises:
-            ObjectMissingError, ObjectStoreError, _Changed: it may not.
-        """
-        from botocore import exceptions as raised
-
-        if isinstance(error, _Passing):
-            return str(error)
-        if isinstance(error, raised.NoCredentialsError | raised.PartialCredentialsError):
-            raise ObjectStoreError(
-                f"{url}: no credentials; give them by AWS_PROFILE, the environment or ~/.aws, or set `anonymous: true`"
-            ) from error
-        if isinstance(error, raised.ProfileNotFound | raised.TokenRetrievalError | raised.SSOTokenLoadError):
-            raise ObjectStoreError(f"{url}: {error}; correct `profile`, or log in again") from error
-        if isinstance(error, raised.ClientError):
-            return self._judge_answer(url, error, attempt)
-        if isinstance(error, raised.HTTPClientError | raised.ConnectionError | OSError):
-            if isinstance(error, StorageError):
-                raise error
-            return f"no answer ({error})"
-        if isinstance(error, raised.BotoCoreError | raised.ParamValidationError):
-            raise ObjectStoreError(f"{url}: {error}") from error
-        raise error
-
-    def _judge_answer(self, url: str, error: Any, attempt: int) -> str:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if code in _EXPIRED:
-            if attempt == 0:  # the chain may have fresh ones by now
-                self._connection.client = None
-                return "the credentials have expired"
-            raise ObjectStoreError(
-                f"{url}: the credentials have expired; renew them (`aws sso login`, a new token) and run again"
-            ) from error
-        if code in _MISSING or status == 404:
-            raise ObjectMissingError(f"{url}: there is no such object; list the source again, or restore it") from error
-        if status == 412:
-            raise _Changed from error
-        if status in (401, 403):
-            raise ObjectStoreError(
-                f"{url}: access is refused ({code}); look at the credentials and the bucket's policy"
-            ) from error
-        if status in (301, 307) or code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
-            raise ObjectStoreError(f"{url}: the bucket is elsewhere ({error}); set `region` or `endpoint`") from error
-        if status >= 500 or status == 429 or code in _PASSING:
-            return f"the store answers {status} {code}"
-        raise ObjectStoreError(f"{url}: the store answers {status} {code}: {error}") from error
-
-    def _pause(self, attempt: int) -> None:
-        longest = min(self.config.pause_seconds * 2 ** (attempt - 1), _LONGEST_PAUSE)
-        time.sleep(longest * (0.5 + random.random() / 2))  # not all at once
-
-    def _client(self) -> Any:
-        with self._connection.lock:
-            if self._connection.client is None:
-                self._connection.client = _connect(self.config)
-            return self._connection.client
-
-    @property
-    def _connection(self) -> _Connection:
-        return self._of_process.setdefault(os.getpid(), _Connection())
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -405,33 +237,3 @@ def split_url(url: str) -> tuple[str, str]:
     if not url.startswith(SCHEME) or not bucket:
         raise ObjectStoreError(f"{url}: not a place on S3; write s3://bucket/folder")
     return bucket, key
-
-
-def _connect(config: ObjectStoreConfig) -> Any:
-    import boto3
-    import botocore.session
-    from botocore import UNSIGNED
-    from botocore.config import Config
-
-    settings = Config(
-        signature_version=UNSIGNED if config.anonymous else None,
-        retries={"total_max_attempts": 1},  # trying again is done here, bodies included
-        connect_timeout=min(config.timeout_seconds, 10),
-        read_timeout=config.timeout_seconds,
-        max_pool_connections=config.connections,
-        request_checksum_calculation="when_required",  # Content-MD5 instead, which every store knows
-        response_checksum_validation="when_required",
-        s3={"addressing_style": "path" if config.endpoint else "auto"},
-    )
-    core = botocore.session.get_session()
-    core.register_component("data_loader", _loader())
-    session = boto3.session.Session(botocore_session=core, profile_name=config.profile, region_name=config.region)
-    return session.client("s3", endpoint_url=config.endpoint, config=settings)
-
-
-@lru_cache(maxsize=1)
-def _loader() -> Any:
-    """The descriptions of the services, which are half a second's reading, once for all clients."""
-    from botocore.loaders import create_loader
-
-    return create_loader()

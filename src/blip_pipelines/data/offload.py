@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blip_pipelines.data import shards
-from blip_pipelines.data.object_store import ObjectStore, ObjectStoreConfig
+from blip_pipelines.data.object_requests import ObjectStoreConfig
+from blip_pipelines.data.object_store import ObjectStore
 
 
 def send(path: Path, url: str, config: ObjectStoreConfig) -> Iterator[tuple[str, int]]:

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from blip_pipelines.data import storage
 from blip_pipelines.data.object_cache import ObjectCache
-from blip_pipelines.data.object_store import SCHEME, ObjectMissingError, ObjectStore, ObjectStoreConfig
+from blip_pipelines.data.object_requests import ObjectMissingError, ObjectStoreConfig
+from blip_pipelines.data.object_store import SCHEME, ObjectStore
 from blip_pipelines.data.records import Refused
 
 

@@ -31,7 +31,8 @@ from PIL import Image
 from blip_pipelines import config as strict
 from blip_pipelines.data import images, quality, shards, storage
 from blip_pipelines.data.images import ImageLimits
-from blip_pipelines.data.object_store import ObjectStore, ObjectStoreError
+from blip_pipelines.data.object_requests import ObjectStoreError
+from blip_pipelines.data.object_store import ObjectStore
 from blip_pipelines.data.records import Refused
 from blip_pipelines.data.shards import Shard, ShardWriter
 from blip_pipelines.data.sources import Archive, Quarantined

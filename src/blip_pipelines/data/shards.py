@@ -21,7 +21,8 @@ from blip_pipelines import config as strict
 from blip_pipelines.data import storage
 from blip_pipelines.data.images import extension
 from blip_pipelines.data.object_cache import ObjectCache
-from blip_pipelines.data.object_store import SCHEME, ObjectStoreConfig
+from blip_pipelines.data.object_requests import ObjectStoreConfig
+from blip_pipelines.data.object_store import SCHEME
 from blip_pipelines.data.storage import MANIFEST, StorageError
 
 PLACES = "places.json"

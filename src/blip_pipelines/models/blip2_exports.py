@@ -30,10 +30,10 @@ from blip_pipelines.models.frozen_tower import FrozenTower, TowerConfig, open_to
 from blip_pipelines.models.language import LanguageModel
 from blip_pipelines.models.qformer import QFormer, QFormerConfig
 from blip_pipelines.models.qformer_start import BLIP2_NAMES
-from blip_pipelines.models.starting_points import read_files, rename
 from blip_pipelines.models.stem import Stem
 from blip_pipelines.models.stock_blip2 import read_language, save_generation, save_retrieval
 from blip_pipelines.models.vision import VisionConfig, VisionTransformer
+from blip_pipelines.models.weights import read_files, rename
 
 REST = "blip2.safetensors"
 PROJECTION = "projection."  # as it trains; the stock name is for the scaled one

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from blip_pipelines.config import ConfigError
 from blip_pipelines.models.exports import NOTE, ExportedMed, load_med, quietly
 from blip_pipelines.models.frozen import Frozen
-from blip_pipelines.models.starting_points import StartError, blip_vision_state
+from blip_pipelines.models.starting_points import blip_vision_state
 from blip_pipelines.models.stem import Stem
 from blip_pipelines.models.vision import VisionConfig, VisionTransformer
+from blip_pipelines.models.weights import StartError
 
 OURS = (
     "vit",

@@ -18,9 +18,9 @@ from blip_pipelines.models.frozen_tower import TowerConfig, open_tower
 from blip_pipelines.models.language import LanguageModel
 from blip_pipelines.models.qformer import QFormer, QFormerConfig
 from blip_pipelines.models.qformer_start import QFormerStartConfig, start_from_blip2, start_qformer
-from blip_pipelines.models.starting_points import StartError, Weights, read_weights
 from blip_pipelines.models.stock_blip2 import read_language
 from blip_pipelines.models.text import TextConfig
+from blip_pipelines.models.weights import StartError, Weights, read_weights
 
 OTHERS = r"language_model\.|vision_model\.(?!post_layernorm)"  # read by their own loaders
 PROJECTION = "language_projection."

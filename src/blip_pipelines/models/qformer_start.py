@@ -16,16 +16,8 @@ import torch
 from torch import Tensor
 
 from blip_pipelines.models.qformer import QFormer
-from blip_pipelines.models.starting_points import (
-    Loading,
-    Started,
-    StartError,
-    Weights,
-    bert_tables,
-    layer_of,
-    read_weights,
-    rename,
-)
+from blip_pipelines.models.starting_points import bert_tables, layer_of
+from blip_pipelines.models.weights import Loading, Started, StartError, Weights, read_weights, rename
 
 ELSEWHERE = r"language_model\.|(language_)?projection\.|vision_model\.(?!post_layernorm)"  # parts that are no Q-Former
 BLIP2_NAMES = (

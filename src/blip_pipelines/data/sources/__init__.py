@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, runtime_checkab
 
 import pyarrow as pa
 
-from blip_pipelines.data.object_store import ObjectStoreConfig
+from blip_pipelines.data.object_requests import ObjectStoreConfig
 from blip_pipelines.data.places import Entry, Folder, open_place
 from blip_pipelines.data.records import Record
 

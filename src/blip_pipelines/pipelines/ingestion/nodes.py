@@ -18,7 +18,7 @@ CONTRACTS = ("blip_pipelines.data.contracts", "blip_pipelines.data.quality")
 
 
 def read_parameters(block: dict[str, Any]) -> Stage:
-    from blip_pipelines.data.ingest import IngestionConfig
+    from blip_pipelines.data.ingestion_plan import IngestionConfig
 
     return read_block(IngestionConfig, WorkConfig, block, "ingestion")
 
