@@ -51,8 +51,7 @@ def test_a_step_is_what_order_pairs_and_tokenizer_say(pairs, tokenizer):
     batch = steps[2][0]
     ids, mask = tokenizer(pairs.captions(rows), 12)
     assert np.array_equal(batch.token_ids, ids) and np.array_equal(batch.token_mask, mask)
-    assert np.array_equal(batch.image_ids, pairs.image_ids[rows])
-    assert np.array_equal(batch.text_ids, pairs.text_ids[rows])
+    assert np.array_equal([batch.image_ids, batch.text_ids], pairs.ids(rows))
     assert np.array_equal(batch.pixels, DecodedPixels(pairs, CONFIG, 5, True)(rows, step=2))
     assert batch.rows.tolist() == list(range(8))
     assert batch.target_tokens == mask[:, 1:].sum() and batch.prompt_tokens == 0

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from data_samples import caption, open_data_set, picture, write_data_set
 
-from blip_pipelines.data import storage, tables
+from blip_pipelines.data import row_hashes, storage
 from blip_pipelines.data.pairs import Pairs, write_pairs
 from blip_pipelines.data.records import PAIR_SCHEMA
 from blip_pipelines.data.storage import StorageError
@@ -140,15 +140,17 @@ def test_pairs_travel_to_another_process(tmp_path):
 def test_texts_that_differ_in_case_and_white_space_have_one_id_however_they_are_hashed():
     same = ["a red crab", "A Red  crab", " a red crab ", "a\tred crab", "a red\u00a0crab"]
     plain, odd = ["a red crab", "", "a dog", "A RED CRAB", "a", "", "b"], ["ein Fuß", "EIN FUẞ", *same]
-    hashes = [tables._hash_texts(pa.chunked_array([pa.array(texts, pa.large_string())])) for texts in (plain, odd)]
+    hashes = [row_hashes.hash_texts(pa.chunked_array([pa.array(texts, pa.large_string())])) for texts in (plain, odd)]
     assert len({*hashes[1][2:], hashes[0][0], hashes[0][3]}) == 1
     assert hashes[0][1] == hashes[0][5] and len(set(hashes[0].tolist())) == 5
     for text in same[1:]:
-        assert tables._is_plain(pa.array([text], pa.large_string())) == (text == "A Red crab")
+        assert row_hashes._is_plain(pa.array([text], pa.large_string())) == (text == "A Red crab")
     for first in range(3):  # parts of an array begin within its buffers
         part = pa.array(plain, pa.large_string()).slice(first, 4)
-        assert tables._is_plain(part) and not tables._is_plain(pa.array(odd, pa.large_string()).slice(first + 2, 2))
-        assert np.array_equal(tables._hash_texts(pa.chunked_array([part])), hashes[0][first : first + 4])
+        assert row_hashes._is_plain(part) and not row_hashes._is_plain(
+            pa.array(odd, pa.large_string()).slice(first + 2, 2)
+        )
+        assert np.array_equal(row_hashes.hash_texts(pa.chunked_array([part])), hashes[0][first : first + 4])
 
 
 def test_ids_are_those_of_the_whole_texts_and_keys(tmp_path):
@@ -156,10 +158,27 @@ def test_ids_are_those_of_the_whole_texts_and_keys(tmp_path):
     for ids, values in ((pairs.image_ids, pairs.keys), (pairs.text_ids, pairs.column("caption"))):
         numbers = {}
         assert ids.tolist() == [numbers.setdefault(value, len(numbers)) for value in values] and ids.dtype == np.int64
-    some = np.array([7, 0, 3])
-    assert all(
-        np.array_equal(a, b[some]) for a, b in zip(pairs.ids(some), (pairs.image_ids, pairs.text_ids), strict=True)
-    )
+    for some, view in ((np.array([7, 0, 3, 8, 1]), pairs), (np.arange(len(pairs)), pairs.select(split="train"))):
+        some = some[some < len(view)]
+        for ids, whole in zip(view.ids(some), (view.image_ids[some], view.text_ids[some]), strict=True):
+            assert np.array_equal(ids[:, None] == ids, whole[:, None] == whole) and (ids >= 0).all()
+    first_train = int(np.flatnonzero(pairs.column("split") == "train")[0])
+    assert pairs.select(split="train").ids(np.array([0])) == pairs.ids(np.array([first_train]))
+    assert [len(ids) for ids in pairs.ids(np.arange(0))] == [0, 0] and pairs.values("member", np.arange(0)) == []
+
+
+def test_a_batch_reads_the_table_shards_of_its_window_alone(tmp_path):
+    pairs = open_data_set(tmp_path, [4, 4, 4])
+    (tmp_path / "pairs" / "00000.parquet").unlink()
+    changed = tmp_path / "pairs" / "00002.parquet"
+    changed.write_bytes(changed.read_bytes())
+    rows = np.array([7, 4])
+    assert pairs.captions(rows) == [caption(7), caption(4)] and pairs.image_bytes(5) == picture(5)
+    assert len(set(pairs.ids(rows)[0].tolist())) == 2
+    with pytest.raises(StorageError, match=r"00000\.parquet: table shard is missing"):
+        pairs.places(np.array([5, 2]))
+    with pytest.raises(StorageError, match=r"00002\.parquet: changed since it was opened"):
+        pairs.captions(np.array([8]))
 
 
 def test_texts_are_gathered_from_shards_of_every_size(tmp_path):

@@ -64,6 +64,7 @@ class InstructionLoader(StepLoader):
     ):
         micro, part = share_of(batch_samples_global, accumulation, rank, ranks)
         instructions.preload()
+        instructions.keep_window(order.window_shards * len(order.rows_by_data_set))
         for name in ("instruction", "answers"):
             instructions.column(name)
         by_step = _Steps(instructions, order, read_images, tokens, seed, batch_samples_global, micro, part)

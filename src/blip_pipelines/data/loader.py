@@ -99,7 +99,6 @@ class DecodedPixels:
     def __init__(self, pairs: ImageRows, config: ImageConfig, seed: int = 0, train: bool = False):
         self.pairs, self.config, self.seed = pairs, config, seed
         self.augments = train and config.augment
-        self._sizes = np.stack([pairs.column("width"), pairs.column("height")], 1)
 
     def __call__(self, rows: np.ndarray, step: int = 0, first_row: int = 0) -> np.ndarray:
         """Raises DataError: an image cannot be read or decoded."""
@@ -108,13 +107,13 @@ class DecodedPixels:
         draws = None
         if self.augments:
             draws = draw(self.seed, step, "augmentation", first_row, len(rows), config.draws)
-        for at, row in enumerate(rows):
+        for at, (row, place) in enumerate(zip(rows, self.pairs.places(rows), strict=True)):
             try:
-                content = self.pairs.image_bytes(row)
+                content = self.pairs.image_at(place)
                 if draws is None:
                     pixels[at] = to_pixels(decode(content, limits=None), config.size)
                 else:
-                    pixels[at] = self._augmented(content, self._sizes[row], draws[at])
+                    pixels[at] = self._augmented(content, place[3:], draws[at])
             except (Refused, StorageError) as error:
                 raise DataError(
                     f"{self.pairs.describe(row)}: {error}. The stored image changed after ingestion: check the disk, "
@@ -236,7 +235,7 @@ class Loader(StepLoader):
         micro, part = share_of(batch_samples_global, accumulation, rank, ranks)
         if order.shard_rows != pairs.shard_rows:
             raise ConfigError("the order is of another view than the pairs; make it with Order(pairs.shard_rows, ...)")
-        pairs.preload()
+        pairs.keep_window(order.window_shards)
         by_step = _Steps(pairs, order, read_images, tokenizer, max_tokens, batch_samples_global, micro, part, prompt)
         prefetch = None
         if isinstance(read_images, DecodedPixels) and pairs.remote_shards:

@@ -60,6 +60,7 @@ class QuestionLoader(StepLoader):
     ):
         micro, part = share_of(batch_samples_global, accumulation, rank, ranks)
         instructions.preload()
+        instructions.keep_window(order.window_shards * len(order.rows_by_data_set))
         for name in ("instruction", "answers", "weight"):
             instructions.column(name)
         by_step = _Steps(instructions, order, read_images, tokens, batch_samples_global, micro, part)

@@ -1,9 +1,10 @@
 """Tables whose rows speak of stored images: parquet shards with a manifest, read by the column.
 
 Images are written once; tables over them are versioned. Table shard i should speak of images in tar shard i, so that
-neighbours in the order of training are neighbours on the disk. Columns are read when they are first used and then stay
-in memory as arrow, shared by forked workers: millions of rows cost their bytes once, not a Python object each. Whoever
-needs another subset takes a view, whose ids keep their meaning.
+neighbours in the order of training are neighbours on the disk. What is asked of single rows is read by the shard, of
+which the last used stay in memory; whole columns are read when they are first used and then stay as arrow, shared by
+forked workers: millions of rows cost their bytes once, not a Python object each. Whoever needs another subset takes a
+view, whose ids keep their meaning.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,9 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blip_pipelines.data import shards, storage
+from blip_pipelines.data.recent_shards import Part, RecentShards
+from blip_pipelines.data.row_hashes import dense_ids, hash_keys, hash_texts
 from blip_pipelines.data.storage import MANIFEST, StorageError
 
-_KEY_LENGTH = 64
+_PLACE = ("shard", "offset", "size", "width", "height")
 _AT_ONCE = 4  # shards that are verified or read
 _REMEDY = "restore it (`dvc checkout`, `dvc pull`) or run the stage that writes it"
 
@@ -130,7 +133,7 @@ class ImageRows:
 
     def values(self, name: str, rows: np.ndarray) -> list[Any]:
         """One column of some rows of this view, as plain values."""
-        return self._table.column(name).take(pa.array(self._rows[rows])).to_pylist()
+        return self._table.values(name, self._rows[rows])
 
     @property
     def keys(self) -> np.ndarray:
@@ -147,19 +150,28 @@ class ImageRows:
         return self._table.text_ids(self.TEXT)[self._rows].astype(np.int64)
 
     def ids(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`image_ids` and `text_ids` of some rows of this view, without those of all its rows."""
-        at = self._rows[rows]
-        return self._table.image_ids[at].astype(np.int64), self._table.text_ids(self.TEXT)[at].astype(np.int64)
+        """Of some rows of this view a number of the image and one of the text, (B,) int64 >= 0: equal where `image_ids`
+        and `text_ids` are, found without looking at other rows.
+        """
+        image_ids, text_ids = self._table.ids(self.TEXT, self._rows[rows]).T
+        return image_ids, text_ids
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """(B, 5) int64: shard, offset, size, width and height of the images of some rows of this view."""
+        return self._table.places(self._rows[rows])
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image of a row of this view: one seek."""
+        return self.image_at(self.places(np.array([row]))[0])
+
+    def image_at(self, place: np.ndarray) -> bytes:
+        """The encoded image at one of the `places`. Raises StorageError."""
         if self._table.reader is None:
             raise StorageError(
                 f"{self._table.folder}: opened without its images; give `images` to {type(self).__name__}.open"
             )
-        shard, offset, size = self._table.places
-        at = self._rows[row]
-        return self._table.reader.read(int(shard[at]), int(offset[at]), int(size[at]))
+        shard, offset, size = place[:3].tolist()
+        return self._table.reader.read(shard, offset, size)
 
     @cached_property
     def remote_shards(self) -> dict[int, int]:
@@ -173,24 +185,27 @@ class ImageRows:
 
     def shards_of(self, rows: np.ndarray) -> np.ndarray:
         """(rows,) number of the image shard that each of some rows of this view lies in."""
-        return self._table.places[0][self._rows[rows]]
+        return self._table.column("shard").to_numpy()[self._rows[rows]]
 
     def fetch(self, shard: int) -> None:
         """Bring an image shard that lies on S3 into the cache. Raises StorageError."""
         if self._table.reader is not None:
             self._table.reader.fetch(shard)
 
+    def keep_window(self, shards: int) -> None:
+        """Expect an order that mixes the rows of so many shards: they and the next ones stay in memory together."""
+        self._table.kept_shards = max(self._table.kept_shards, 2 * shards)
+
     def preload(self) -> None:
-        """Read what training needs now, so that forked workers share it instead of reading it each."""
-        _ = self._table.image_ids, self._table.text_ids(self.TEXT), self._table.places
+        """Read what all rows of a batch may need now, so that forked workers share it instead of reading it each."""
+        _ = self._table.image_ids, self._table.text_ids(self.TEXT)
         pa.default_memory_pool().release_unused()
         self._table.column(self.TEXT)  # last: finding the ids takes memory for a moment
         pa.default_memory_pool().release_unused()
 
     def describe(self, row: int) -> str:
         """Names a row for messages: shard, member and key."""
-        at = self._rows[row]
-        shard, member, key = (self._table.read(name)[at].as_py() for name in ("shard", "member", "key"))
+        shard, member, key = (self.values(name, np.array([row]))[0] for name in ("shard", "member", "key"))
         return f"{shards.shard_name(shard)}, member {member}, key {key[:12]}"
 
     def unique_images(self) -> np.ndarray:
@@ -207,8 +222,8 @@ class Table:
         self.hash = storage.content_hash(folder)
         self.paths = [folder / entry["name"] for entry in self.manifest["shards"]]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for _ in pool.map(partial(_verify, wanted=schema), self.paths, self.manifest["shards"]):
-                pass
+            stamps = pool.map(partial(_verify, wanted=schema), self.paths, self.manifest["shards"])
+            self._stamps = dict(zip(self.paths, stamps, strict=True))
         self.shard_ends = np.cumsum([entry["rows"] for entry in self.manifest["shards"]], dtype=np.int64)
         self.reader = None
         if images is not None:
@@ -219,6 +234,8 @@ class Table:
             shards.verify(images, hashes=False)
             self.reader = shards.ShardReader(images)
         self._columns: dict[str, pa.Array] = {}
+        self.kept_shards = 1
+        self._recently_used: RecentShards | None = None
 
     def shard(self, number: int) -> "Table":
         """One shard of it, with columns of its own."""
@@ -232,8 +249,8 @@ class Table:
 
     def _like(self, changed: Mapping[str, Any]) -> "Table":
         one = object.__new__(Table)
-        shared = ("folder", "images", "schema", "manifest", "hash", "reader")
-        vars(one).update({name: getattr(self, name) for name in shared}, **changed)
+        shared = ("folder", "images", "schema", "manifest", "hash", "reader", "kept_shards", "_stamps")
+        vars(one).update({name: getattr(self, name) for name in shared}, _recently_used=None, **changed)
         return one
 
     def column(self, name: str) -> pa.Array:
@@ -271,15 +288,58 @@ class Table:
                 some = self.paths[first : first + _AT_ONCE]
                 yield from pool.map(lambda path: call(pq.ParquetFile(path).read([name])[name]), some)
 
-    @cached_property
-    def places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        shard, offset, size = (self.read(name).to_numpy() for name in ("shard", "offset", "size"))
-        return shard, offset, size.astype(np.uint32)
+    def values(self, name: str, rows: np.ndarray) -> list[Any]:
+        """One column of some rows, as plain values."""
+        if name in self._columns:
+            return self._columns[name].take(pa.array(rows)).to_pylist()
+        found = self._recent.take(name, rows, lambda shard: self._read_shard(shard, name)[name].combine_chunks())
+        return [] if found is None else found.tolist()
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """(B, 5) int64: shard, offset, size, width, height."""
+
+        def read(shard: int) -> Part:
+            table = self._read_shard(shard, *_PLACE)
+            return np.stack([table[name].to_numpy() for name in _PLACE], 1, dtype=np.int64, casting="same_kind")
+
+        found = self._recent.take(_PLACE, rows, read)
+        return np.empty((0, len(_PLACE)), np.int64) if found is None else np.asarray(found)
+
+    def ids(self, text: str, rows: np.ndarray) -> np.ndarray:
+        """(B, 2) int64 >= 0: a number of the image and one of the words in the column `text`."""
+
+        def read(shard: int) -> Part:
+            table = self._read_shard(shard, "key", text)
+            return (np.stack([hash_keys(table["key"]), hash_texts(table[text])], 1) >> np.uint64(1)).astype(np.int64)
+
+        found = self._recent.take(("ids", text), rows, read)
+        return np.empty((0, 2), np.int64) if found is None else np.asarray(found)
+
+    def _read_shard(self, number: int, *names: str) -> pa.Table:
+        if not self.paths:
+            return pa.table({name: self._columns[name] for name in names})
+        path = self.paths[number]
+        try:
+            if _stamp(path) != self._stamps[path]:
+                raise StorageError(f"{path}: changed since it was opened; end what writes it and start again")
+            return pq.ParquetFile(path).read(list(dict.fromkeys(names)))
+        except FileNotFoundError as error:
+            raise StorageError(f"{path}: table shard is missing; {_REMEDY}") from error
+
+    @property
+    def _recent(self) -> RecentShards:
+        if self._recently_used is None:
+            self._recently_used = RecentShards(self.shard_ends)
+        self._recently_used.at_least = self.kept_shards
+        return self._recently_used
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_recently_used": None}
 
     @cached_property
     def image_ids(self) -> np.ndarray:
         """(rows,) int32: 0 for the first image, 1 for the next other one, and so on."""
-        return _dense_ids(self._map(_hash_keys, "key"))
+        return dense_ids(self._map(hash_keys, "key"))
 
     @cached_property
     def _text_ids(self) -> dict[str, np.ndarray]:
@@ -288,26 +348,8 @@ class Table:
     def text_ids(self, name: str) -> np.ndarray:
         """(rows,) int32, as `image_ids`: equal for texts that differ only in case and white space."""
         if name not in self._text_ids:
-            self._text_ids[name] = _dense_ids(self._map(_hash_texts, name))
+            self._text_ids[name] = dense_ids(self._map(hash_texts, name))
         return self._text_ids[name]
-
-
-def _dense_ids(hashes: Iterable[np.ndarray]) -> np.ndarray:
-    """Hashes of 64 bits as numbers from 0 on, in the order in which they first appear.
-
-    Two of ten million texts are taken for one with a chance of three in a million, at the price of one negative less.
-    """
-    whole = np.concatenate([np.empty(0, np.uint64), *hashes])
-    order = np.argsort(whole, kind="stable")
-    is_first = np.ones(len(whole), bool)
-    is_first[1:] = whole[order[1:]] != whole[order[:-1]]
-    del whole
-    appeared = order[is_first]  # where each value appears first
-    number = np.empty(len(appeared), np.int32)
-    number[np.argsort(appeared)] = np.arange(len(appeared), dtype=np.int32)
-    ids = np.empty(len(order), np.int32)
-    ids[order] = np.repeat(number, np.diff(np.flatnonzero(np.append(is_first, True))))
-    return ids
 
 
 def _gather_texts(parts: Iterable[pa.ChunkedArray], rows: int) -> pa.LargeStringArray:
@@ -329,52 +371,17 @@ def _gather_texts(parts: Iterable[pa.ChunkedArray], rows: int) -> pa.LargeString
     return pa.LargeStringArray.from_buffers(rows, pa.py_buffer(ends), pa.py_buffer(characters))
 
 
-def _hash_keys(keys: pa.ChunkedArray) -> np.ndarray:
-    """(rows,) uint64: the first half of a quarter of each sha256."""
-    parts = [np.empty(0, np.uint64)]
-    for chunk in keys.cast(pa.large_string()).chunks:
-        if pc.all(pc.equal(pc.binary_length(chunk), _KEY_LENGTH)).as_py() is False:  # no content hash, as in a test
-            parts.append(_hash_texts(pa.chunked_array([chunk])))
-            continue
-        start = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset] if len(chunk) else 0
-        digits = np.frombuffer(chunk.buffers()[2] or b"", np.uint8)[start:][: len(chunk) * _KEY_LENGTH]
-        digits = digits.reshape(-1, _KEY_LENGTH)[:, :16]
-        nibbles = (digits & 15) + 9 * (digits >> 6)
-        parts.append((nibbles[:, ::2] << 4 | nibbles[:, 1::2]).astype(np.uint8).view(">u8")[:, 0].astype(np.uint64))
-    return np.concatenate(parts)
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What is no longer the same when a file was written anew."""
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_mtime_ns
 
 
-def _hash_texts(texts: pa.ChunkedArray) -> np.ndarray:
-    """(rows,) uint64: of each text in lower case with single spaces."""
-    import pandas as pd
-
-    parts = [np.empty(0, np.uint64)]
-    for chunk in texts.cast(pa.large_string()).chunks:
-        if _is_plain(chunk):
-            plain = pc.ascii_lower(chunk)
-        else:
-            words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pc.utf8_lower(chunk)))
-            plain = pc.binary_join(words, pa.scalar(" ", pa.large_string()))
-        parts.append(pd.util.hash_array(plain.to_numpy(zero_copy_only=False), categorize=False))
-    return np.concatenate(parts)
-
-
-def _is_plain(texts: pa.LargeStringArray) -> bool:
-    """Whether all are ASCII with single spaces between words, as captions that ingestion checked mostly are."""
-    if not len(texts):
-        return True
-    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
-    characters = np.frombuffer(texts.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
-    is_space = np.concatenate([characters == 32, [True]])  # whatever follows the last text
-    if (characters > 127).any() or (characters < 32).any() or (is_space[1:-1] & is_space[:-2]).any():
-        return False
-    starts, ends = offsets[:-1] - offsets[0], offsets[1:] - offsets[0]
-    return not (is_space[starts[ends > starts]].any() or is_space[ends[ends > starts] - 1].any())
-
-
-def _verify(path: Path, entry: Mapping[str, Any], wanted: pa.Schema) -> None:
+def _verify(path: Path, entry: Mapping[str, Any], wanted: pa.Schema) -> tuple[int, ...]:
+    """The stamp of a shard that is what the manifest says. Raises StorageError."""
     if not path.is_file():
         raise StorageError(f"{path}: table shard is missing; {_REMEDY}")
+    stamp = _stamp(path)
     if (found := storage.sha256_file(path)) != entry["sha256"]:
         raise StorageError(f"{path}: content is {found[:12]}, the manifest says {entry['sha256'][:12]}; {_REMEDY}")
     file = pq.ParquetFile(path)
@@ -383,6 +390,7 @@ def _verify(path: Path, entry: Mapping[str, Any], wanted: pa.Schema) -> None:
         raise StorageError(
             f"{path}: {rows} rows of schema\n{schema}\nwhere {entry['rows']} rows are wanted, of schema\n{wanted}"
         )
+    return stamp
 
 
 def _check_rows(table: pa.Table, schema: pa.Schema, path: Path) -> None:
