@@ -13,6 +13,7 @@ from inference_samples import export_tiny_med
 from project_samples import ROOT
 
 from blip_pipelines.data.pairs import Pairs, write_pairs
+from blip_pipelines.data.records import PAIR_SCHEMA
 from blip_pipelines.data.storage import content_hash, read_json, write_json
 from blip_pipelines.pipelines.release.gating import gate
 from blip_pipelines.pipelines.release.nodes import register
@@ -21,7 +22,7 @@ from blip_pipelines.tracking import champions, runs
 from blip_pipelines.tracking.registry import RegistryError, artifact, find, folder_of
 from blip_pipelines.tracking.runs import Store
 
-NAME = "blip-captioner"
+NAME, FILTER = "blip-captioner", "blip-filter"
 MODEL = Released(
     stage="med",
     names=(NAME,),
@@ -34,30 +35,90 @@ MODEL = Released(
     metrics="metrics",
     measured_by="blip_pipelines.jobs.evaluate_med",
 )
-RELEASE = {"gate": {"draws": 200, "max_slowdown": 100.0, "models": {NAME: {"guarded": ["cider/image"]}}}}
-BASE = yaml.safe_load((ROOT / "conf" / "base" / "parameters_evaluation.yml").read_text())["evaluation"]
+JUDGE = Released(
+    stage="capfilt",
+    names=(FILTER,),
+    model="filter_model",
+    record="capfilt_run",
+    part="filter",
+    trained_on=("pairs",),
+    contracts="contracts",
+    checked="checked",
+    predictions="decided",
+    metrics="metrics",
+    measured_by="blip_pipelines.jobs.capfilt_judge",
+    is_filter=True,
+)
+GUARDED = {NAME: {"guarded": ["cider/image"]}, FILTER: {"guarded": ["right/clean", "right/swap"]}}
+RELEASE = {"gate": {"draws": 200, "max_slowdown": 100.0, "models": GUARDED}}
+BASE = {
+    block: yaml.safe_load((ROOT / "conf" / "base" / f"parameters_{block}.yml").read_text())[block]
+    for block in ("evaluation", "capfilt")
+}
 
 
 @pytest.fixture
 def scene(tmp_path, monkeypatch):
-    """A store, a data set, and `release(name, ...)`, which registers a model of that content and asks the gate."""
+    """A store, a data set, and what registers a model of that content and asks the gate: `release(name, ...)` for a
+    captioner, `release_filter(name, ...)` for a filter."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     store, data = Store(tmp_path / "mlruns", "tests"), write_scene(tmp_path)
     export_tiny_med(tmp_path / "exported")
     test = Pairs.open(data["pairs"], data["images"]).select(split="test", subset="image")
     evaluation = {
-        **BASE,
+        **BASE["evaluation"],
         "subsets": ["image"],
         "candidates": 4,
         "launch": {"mode": "inline", "work": str(tmp_path / "work")},
     }
     evaluation |= {"bootstrap_draws": 100, "beam": {"min_tokens": 2, "max_tokens": 8}}
+    capfilt = {**BASE["capfilt"], "launch": evaluation["launch"]}
+    settings = {"med": {"steps": 2}, "evaluation": evaluation, "capfilt": capfilt}
 
-    def release(content, shift=0.0, corpus=None, keys=None, evaluation=evaluation):
+    def export(content, shift):
         folder = tmp_path / content
         shutil.copytree(tmp_path / "exported", folder / "model", dirs_exist_ok=True)
         note = read_json(folder / "model" / "med.json")
         write_json(folder / "model" / "med.json", {**note, "temperature": len(content) + shift})
+        return folder
+
+    def ask(released, inputs):
+        run = store.start("release")
+        runs.enter(run)
+        try:
+            registered = register(RELEASE, settings, releases=(released,), **inputs)
+            found = gate(registered, RELEASE, settings, releases=(released,), **inputs)
+        finally:
+            runs.enter(None)
+            run.finish()
+        return SimpleNamespace(run=run, decision=next(iter(found["decisions"]), None), registered=registered)
+
+    def release_filter(content, probabilities, rows):
+        """`probabilities` that a clean and a swapped caption match, of the filter that decided on `rows`."""
+        folder = export(content, probabilities[0])
+        judged = [{**row, "match_probability": probabilities[number % 2]} for number, row in enumerate(rows)]
+        images = read_json(data["pairs"] / "manifest.json")["images"]
+        write_pairs(folder / "decided", [pa.Table.from_pylist(judged, PAIR_SCHEMA)], images)
+        known = [
+            {"key": row["key"], "caption": row["caption"], "kind": ("clean", "swap")[number % 2], "truth": "?"}
+            for number, row in enumerate(rows)
+        ]
+        pq.write_table(pa.Table.from_pylist(known), folder / "noise.parquet")
+        inputs = {
+            "filter_model": folder / "model",
+            "capfilt_run": {"parts": {"filter": {"fingerprint": content, "code": "c"}}},
+            "checked": {"pairs": content_hash(data["pairs"])},
+            "contracts": [{"rule": "schema", "severity": "error", "passed": True, "failed": 0}],
+            "decided": folder / "decided",
+            "metrics": {},
+            "noise": folder / "noise.parquet",
+            "pairs": data["pairs"],
+            "images": data["images"],
+        }
+        return ask(JUDGE, inputs)
+
+    def release(content, shift=0.0, corpus=None, keys=None):
+        folder = export(content, shift)
         keys = sorted(set(test.keys)) if keys is None else keys
         draw = np.random.default_rng(0)
         rows = [{"subset": "image", "key": key, "cider": float(draw.random() + shift)} for key in keys]
@@ -76,21 +137,15 @@ def scene(tmp_path, monkeypatch):
             "pairs": data["pairs"],
             "images": data["images"],
         }
-        run = store.start("release")
-        runs.enter(run)
-        try:
-            registered = register(RELEASE, evaluation, {"med": {"steps": 2}}, releases=(MODEL,), **inputs)
-            found = gate(registered, RELEASE, evaluation, releases=(MODEL,), **inputs)
-        finally:
-            runs.enter(None)
-            run.finish()
-        return SimpleNamespace(run=run, decision=next(iter(found["decisions"]), None), registered=registered)
+        return ask(MODEL, inputs)
 
-    return SimpleNamespace(store=store, data=data, release=release, tmp=tmp_path, test=test)
+    return SimpleNamespace(
+        store=store, data=data, release=release, release_filter=release_filter, tmp=tmp_path, test=test
+    )
 
 
-def champion_of(scene):
-    return str(scene.store.client.get_model_version_by_alias(NAME, "champion").version)
+def champion_of(scene, name=NAME):
+    return str(scene.store.client.get_model_version_by_alias(name, "champion").version)
 
 
 def test_a_better_model_is_promoted_a_worse_one_refused_and_a_roll_back_restores(scene):
@@ -166,3 +221,33 @@ def test_a_champion_that_was_measured_on_other_rows_is_measured_anew(scene):
     assert second["promoted"], second["refused"]
     (ruling,) = [ruling for ruling in second["rulings"] if ruling["rule"] == "no_fall"]
     assert f"{len(set(scene.test.keys))} samples" in ruling["found"]
+
+
+def test_a_filters_champion_judges_todays_captions_before_a_new_one_is_held_against_it(scene):
+    """Its kept scores are perfect, of captions that are no longer there, and do not decide."""
+    train = Pairs.open(scene.data["pairs"]).select(split="train").table().to_pylist()
+    web = [{**row, "origin": "web"} for row in {row["key"]: row for row in train}.values()]
+    assert scene.release_filter("first", (1.0, 0.0), web[:8]).decision["promoted"]
+
+    today = web[8:]  # at 0.5 a filter that cannot tell is right about all of one kind, so the opposite falls there
+    worse = scene.release_filter("worse", (0.0, 1.0), today).decision
+    assert not worse["promoted"] and champion_of(scene, FILTER) == "1"
+    fallen = [ruling["found"] for ruling in worse["rulings"] if ruling["rule"] == "no_fall" and not ruling["kept"]]
+    assert fallen and all("fell: " in found and f"{len(today) // 2} samples" in found for found in fallen)
+
+    better = scene.release_filter("better", (1.0, 0.0), today).decision
+    assert better["promoted"], better["refused"]
+    rulings = [ruling["found"] for ruling in better["rulings"] if ruling["rule"] == "no_fall"]
+    assert len(rulings) == 2 and all(f"{len(today) // 2} samples" in found for found in rulings)
+    assert any("changed by +" in found and "changed by +0 " not in found for found in rulings)
+    assert champion_of(scene, FILTER) == "3"
+
+
+def test_a_filter_that_was_measured_on_the_same_captions_is_not_measured_again(scene, caplog):
+    train = Pairs.open(scene.data["pairs"]).select(split="train").table().to_pylist()
+    web = [{**row, "origin": "web"} for row in {row["key"]: row for row in train}.values()]
+    caplog.set_level("INFO")
+    assert scene.release_filter("first", (1.0, 0.0), web).decision["promoted"]
+    worse = scene.release_filter("worse", (0.0, 1.0), web).decision
+    assert worse["refused"].startswith("no_fall: right/clean fell: -1 (-1 to -1,")
+    assert "on the rows of today" not in caplog.text

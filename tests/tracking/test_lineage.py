@@ -31,7 +31,7 @@ from blip_pipelines.pipelines.rounds import with_known
 STAGE = "med_pretraining"
 MODEL = Released(
     STAGE, ("blip-captioner",), f"{STAGE}_model", f"{STAGE}_run", ("pairs",), "contracts", "pairs_checked",
-    f"{STAGE}_predictions", "evaluation_metrics",
+    f"{STAGE}_predictions", "evaluation_metrics", "blip_pipelines.jobs.evaluate_med",
 )
 
 
@@ -45,10 +45,8 @@ def register_pipelines():
         name="compare",
     )
     data = {name: name for name in (*MODEL.data_sets, "noise")}
-    data |= {"parameters": "params:release", "evaluation": "params:evaluation"}
-    registered = Node(
-        with_known(register, releases=(MODEL,)), {**data, "settings": "parameters"}, "registered", name="register"
-    )
+    data |= {"parameters": "params:release", "settings": "parameters"}
+    registered = Node(with_known(register, releases=(MODEL,)), data, "registered", name="register")
     more = {"registered": "registered", "pairs": "pairs", "images": "images"}
     judged = Node(with_known(gate, releases=(MODEL,)), {**data, **more}, "gate", name="gate")
     stages = {

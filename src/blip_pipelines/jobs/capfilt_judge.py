@@ -44,27 +44,34 @@ def run(config: dict[str, Any], inputs: dict[str, Path], work: Path, world: Worl
     """A caption table of the judged rows, a shard for each of `pairs`. Facts: `captions`, `judged_by`.
 
     Args:
-        inputs: `filter`, the folder of `export_med`; `pairs` and `images`; `synthetic`, what `capfilt_write` made.
+        inputs: `filter`, the folder of `export_med`; `pairs` and `images`; `synthetic`, what `capfilt_write` made, or
+            nothing to judge the web captions alone.
 
     Raises:
         StorageError: the synthetic captions are not of these pairs.
     """
     settings = read(Config, config, "capfilt.judge")
     judge = RankMed(inputs["filter"], inputs["images"], settings.precision, work, world)
-    pairs, synthetic = Pairs.open(inputs["pairs"], inputs["images"]), Pairs.open(inputs["synthetic"])
-    if [entry["name"] for entry in pairs.manifest["shards"]] != [e["name"] for e in synthetic.manifest["shards"]]:
+    pairs = Pairs.open(inputs["pairs"], inputs["images"])
+    synthetic = Pairs.open(inputs["synthetic"]) if "synthetic" in inputs else None
+    if synthetic is not None and _shards(pairs) != _shards(synthetic):
         raise StorageError(f"{inputs['synthetic']}: has other shards than {inputs['pairs']}; write captions again")
     judged_by = world.broadcast(storage.content_hash(inputs["filter"]) if world.is_first else None)
 
     def judged(shard: int) -> pa.Table:
         web = pairs.shard(shard).select(split="train", origins=["web"])
-        candidates = pa.concat_tables([web.table(), synthetic.shard(shard).table()])
+        written = [] if synthetic is None else [synthetic.shard(shard).table()]
+        candidates = pa.concat_tables([web.table(), *written])
         images = web.select(rows=web.unique_images())
         probability = match_probabilities(judge, images, candidates, settings)
         return fill(candidates, match_probability=probability, judged_by=[judged_by] * len(candidates))
 
     rows = make_by_shard(judged, pairs, work, world, {"judged_by": judged_by})
     return {"captions": rows, "judged_by": judged_by}
+
+
+def _shards(table: Pairs) -> list[str]:
+    return [entry["name"] for entry in table.manifest["shards"]]
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip_pipelines.pipelines.parameters import read_stage
+from blip_pipelines.pipelines.parameters import Stage, read_stage
 from blip_pipelines.pipelines.release.released import Released
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def gate(
     registered: dict[str, Any],
     parameters: dict[str, Any],
-    evaluation: dict[str, Any],
+    settings: dict[str, Any],
     *,
     releases: Sequence[Released],
     **data: Any,
@@ -31,7 +31,7 @@ def gate(
 
     Args:
         registered: what `register` returned.
-        evaluation: parameters of the stage that measured the models.
+        settings: parameters of all stages, among them those by which the models were measured.
         data: the data sets that `releases` names; `pairs`, `images` and `noise`.
 
     Returns:
@@ -52,7 +52,7 @@ def gate(
         if before and str(before.version) == version:
             log.info("gate: %s version %s is the champion already", name, version)
             continue
-        facts = _facts(run, name, version, by_stage[model["stage"]], before, evaluation, data)
+        facts = _facts(run, name, version, by_stage[model["stage"]], before, settings, data)
         rulings = judge(facts, config.models.get(name, ModelRules()), config)
         decision = champions.decide(run, name, version, [asdict(ruling) for ruling in rulings], refusals(rulings))
         if decision["promoted"]:
@@ -63,7 +63,7 @@ def gate(
     return {"decisions": decisions, "seconds": time.monotonic() - started}
 
 
-def recipe(released: Released, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def recipe(released: Released, settings: Mapping[str, Any]) -> dict[str, Any]:
     """How a model was measured: `measured_by` and the parameters that change a score; `version` names the whole.
 
     Scores of other versions are not compared.
@@ -72,9 +72,12 @@ def recipe(released: Released, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     from blip_pipelines.data.storage import sha256
     from blip_pipelines.evaluation.scores import JUDGED_RIGHT
 
-    how: Any = {"judged_right_above": JUDGED_RIGHT}
-    if not released.is_filter:
-        how = arithmetic(read_stage("evaluation", {"evaluation": evaluation}).config)
+    how: Any
+    if released.is_filter:
+        judging = read_stage("capfilt", settings).config.judge
+        how = {"judged_right_above": JUDGED_RIGHT, "judge": arithmetic(judging)}
+    else:
+        how = arithmetic(read_stage("evaluation", settings).config)
         questions = {block: how.pop(block) for block in ("questions", "med_questions")}
         how = questions[released.asks] if released.asks else how
     whole = {"measured_by": released.measured_by, "parameters": how}
@@ -95,7 +98,7 @@ def measures_of(released: Released, data: Mapping[str, Any]) -> dict[str, float]
 
 
 def _facts(
-    run: Any, name: str, version: str, released: Released, before: Any, evaluation: dict[str, Any], data: dict[str, Any]
+    run: Any, name: str, version: str, released: Released, before: Any, settings: dict[str, Any], data: dict[str, Any]
 ) -> "Facts":
     from blip_pipelines.data.leak import held_out, leaked
     from blip_pipelines.data.storage import content_hash
@@ -124,7 +127,7 @@ def _facts(
         checked=data[released.checked]["pairs"] == content_hash(data[released.trained_on[0]]),
         reload=reload_differences(registry.exported(loaded["candidate"])),
         cost=costs["candidate"],
-        champion_scores=_champion_scores(run, name, released, loaded, before, tags, scores, evaluation, data),
+        champion_scores=_champion_scores(run, name, released, loaded, before, tags, scores, settings, data),
         champion_cost=costs.get("champion"),
         withdrawn=tags.get("withdrawn"),
     )
@@ -138,13 +141,11 @@ def _champion_scores(
     before: Any,
     tags: Mapping[str, str],
     scores: "Scores",
-    evaluation: dict[str, Any],
+    settings: dict[str, Any],
     data: Mapping[str, Any],
 ) -> "Scores | None":
     """As they were kept, or measured now where they were found by another recipe or on other rows."""
-    from blip_pipelines.evaluation.scores import read_scores, scores_of
-    from blip_pipelines.pipelines.evaluation.parameters import asking, measuring
-    from blip_pipelines.pipelines.launching import launched
+    from blip_pipelines.evaluation.scores import read_scores
     from blip_pipelines.tracking import registry
 
     if not before:
@@ -155,11 +156,25 @@ def _champion_scores(
     is_alike = before.tags.get("recipe") == tags.get("recipe") and all(
         kept.get(asked, {}).keys() == samples.keys() for asked, samples in scores.items()
     )
-    if is_alike or released.measured_by is None:
+    if is_alike:
         return kept
     log.info("gate: measuring the champion of %s, version %s, on the rows of today", name, before.version)
+    return _measured(released, registry.exported(loaded["champion"]), settings, data)
+
+
+def _measured(released: Released, model: Path, settings: Mapping[str, Any], data: Mapping[str, Any]) -> "Scores":
+    """What a model of this kind reaches on the rows of today."""
+    from blip_pipelines.evaluation.scores import scores_of, scores_of_filter
+    from blip_pipelines.pipelines.evaluation.parameters import asking, measuring
+    from blip_pipelines.pipelines.launching import launched
+
+    if released.is_filter:  # judges the very captions that the candidate decided on
+        capfilt = read_stage("capfilt", settings)
+        stage = Stage(capfilt.config.judge, capfilt.values.get("judge", {}), capfilt.launch)
+        inputs = {"filter": model, "pairs": data[released.predictions], "images": data["images"]}
+        return scores_of_filter(launched(released.measured_by, stage, inputs).receipt.folder, data["noise"])
     table = "instructions" if released.asks else "pairs"
-    inputs = {"model": registry.exported(loaded["champion"]), table: data[table], "images": data["images"]}
-    stage = read_stage("evaluation", {"evaluation": evaluation})
+    inputs = {"model": model, table: data[table], "images": data["images"]}
+    stage = read_stage("evaluation", settings)
     stage = asking(stage, released.asks) if released.asks else measuring(stage)
     return scores_of(launched(released.measured_by, stage, inputs).receipt.folder)

@@ -20,7 +20,6 @@ def read_parameters(block: dict[str, Any]) -> Stage:
 
 def register(
     parameters: dict[str, Any],
-    evaluation: dict[str, Any],
     settings: dict[str, Any],
     *,
     releases: Sequence[Released],
@@ -29,8 +28,7 @@ def register(
     """Register every released model with the hashes of what made it, its scores sample by sample, and its card.
 
     Args:
-        settings: parameters of all stages, for the cards.
-        evaluation: parameters of the stage that measured them.
+        settings: parameters of all stages, for the cards and the recipes.
         data: the data sets that `releases` names, and `noise`.
 
     Returns:
@@ -49,7 +47,7 @@ def register(
     alias, models = read_parameters(parameters).config.alias, []
     for released in releases:
         record = data[released.record] if released.part is None else data[released.record]["parts"][released.part]
-        measured = recipe(released, evaluation)
+        measured = recipe(released, settings)
         made_from = {
             "stage": released.stage,
             "model": content_hash(data[released.model]),

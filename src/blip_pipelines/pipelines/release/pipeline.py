@@ -15,7 +15,7 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
     of_models = {
         **{name: name for entry in released for name in (*entry.data_sets, "noise")},
         "parameters": "params:release",
-        "evaluation": "params:evaluation",
+        "settings": "parameters",
     }
     of_stages = {
         **{
@@ -38,7 +38,7 @@ def create_pipeline(rounds: int = 1) -> Pipeline:
         [
             Node(
                 with_known(register, releases=released),
-                {**of_models, "settings": "parameters"},
+                of_models,
                 "registered",
                 name="register",
             ),

@@ -21,7 +21,8 @@ class Released:
         predictions: what it was measured by, sample by sample; for the filter its `decided` captions.
         metrics: flat measures `<stage>/<metric>/<subset>`.
         measured_by: the job that makes such predictions from `model`, `pairs` and `images` with the parameters of
-            `evaluation`, by which a champion is measured anew when the rows or these parameters have changed.
+            `evaluation`, by which a champion is measured anew when the rows or these parameters have changed; of the
+            filter the one that judges captions, with the parameters of `capfilt.judge`.
         asks: that job asks questions of the table `instructions` in place of captions, as this block of `evaluation`
             says.
         is_filter: its predictions are held against the known noise.
@@ -36,8 +37,8 @@ class Released:
     checked: str
     predictions: str
     metrics: str
+    measured_by: str
     part: str | None = None
-    measured_by: str | None = None
     asks: Literal["questions", "med_questions"] | None = None
     is_filter: bool = False
 
@@ -114,6 +115,7 @@ def releases(rounds: int = 1) -> tuple[Released, ...]:
             checked=f"{in_round('capfilt', rounds - 1)}_pairs_checked" if rounds > 1 else "pairs_checked",
             predictions=f"{judge}_decided",
             metrics=f"{judge}_metrics",
+            measured_by="blip_pipelines.jobs.capfilt_judge",
             is_filter=True,
         ),
     )
