@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -90,6 +90,12 @@ def check_choice(key: str, value: str | None, choices: tuple[str, ...]) -> None:
     """Raise ConfigError if an option of a source is none of its choices; None is allowed."""
     if value is not None and value not in choices:
         raise ConfigError(f"{_OPTIONS}.{key}: {value!r} is not one of {', '.join(choices)}")
+
+
+def check_columns(columns: Mapping[str, str], fields: tuple[str, ...]) -> None:
+    """Raise ConfigError if a source names the column of what is none of its fields."""
+    if unknown := columns.keys() - set(fields):
+        raise ConfigError(f"{_OPTIONS}.columns: {sorted(unknown)[0]!r} is no field; fields are {', '.join(fields)}")
 
 
 def read_annotations(place: Place, name: str, key: str) -> Any:

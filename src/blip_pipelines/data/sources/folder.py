@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from blip_pipelines.config import ConfigError
 from blip_pipelines.data.places import Place
 from blip_pipelines.data.records import Caption
 from blip_pipelines.data.sources import Quarantined, SourceError
@@ -21,6 +20,7 @@ from blip_pipelines.data.sources.files import (
     FileSource,
     Row,
     check_choice,
+    check_columns,
     decode,
     is_utf8,
     printable,
@@ -50,10 +50,7 @@ class FolderConfig:
 
     def __post_init__(self) -> None:
         check_choice("origin", self.origin, ORIGINS)
-        if unknown := self.columns.keys() - set(_FIELDS):
-            raise ConfigError(
-                f"ingestion.source.options.columns: {sorted(unknown)[0]!r} is no field; fields are {', '.join(_FIELDS)}"
-            )
+        check_columns(self.columns, _FIELDS)
 
 
 class FolderSource(FileSource):

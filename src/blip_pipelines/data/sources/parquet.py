@@ -14,11 +14,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip_pipelines.config import ConfigError
 from blip_pipelines.data.places import Place
 from blip_pipelines.data.records import Caption, Record, Refused
 from blip_pipelines.data.sources import Quarantined, SourceError
-from blip_pipelines.data.sources.files import ORIGINS, SPLITS, check_choice, check_place
+from blip_pipelines.data.sources.files import ORIGINS, SPLITS, check_choice, check_columns, check_place
 
 _FIELDS = ("image", "caption", "split", "language")
 _SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val"}
@@ -47,10 +46,7 @@ class ParquetConfig:
     def __post_init__(self) -> None:
         check_choice("origin", self.origin, ORIGINS)
         check_choice("split", self.split, SPLITS)
-        if unknown := self.columns.keys() - set(_FIELDS):
-            raise ConfigError(
-                f"ingestion.source.options.columns: {sorted(unknown)[0]!r} is no field; fields are {', '.join(_FIELDS)}"
-            )
+        check_columns(self.columns, _FIELDS)
 
     def column(self, name: str) -> str:
         return self.columns.get(name, name)

@@ -17,11 +17,19 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip_pipelines.config import ConfigError
 from blip_pipelines.data.places import Place
 from blip_pipelines.data.records import Caption, Record
 from blip_pipelines.data.sources import Quarantined, SourceError
-from blip_pipelines.data.sources.files import ORIGINS, SPLITS, check_choice, check_place, decode, is_utf8, printable
+from blip_pipelines.data.sources.files import (
+    ORIGINS,
+    SPLITS,
+    check_choice,
+    check_columns,
+    check_place,
+    decode,
+    is_utf8,
+    printable,
+)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 _FIELDS = ("caption", "language")
@@ -49,10 +57,7 @@ class TarsConfig:
     def __post_init__(self) -> None:
         check_choice("origin", self.origin, ORIGINS)
         check_choice("split", self.split, SPLITS)
-        if unknown := self.columns.keys() - set(_FIELDS):
-            raise ConfigError(
-                f"ingestion.source.options.columns: {sorted(unknown)[0]!r} is no field; fields are {', '.join(_FIELDS)}"
-            )
+        check_columns(self.columns, _FIELDS)
 
     def column(self, name: str) -> str:
         return self.columns.get(name, name)
