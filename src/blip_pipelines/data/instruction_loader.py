@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from blip_pipelines.data.instruction_tokens import InstructionTokens, Tokens
 from blip_pipelines.data.instructions import Instructions
-from blip_pipelines.data.loader import Batch, DataError, ReadImages, StepLoader, share_of
+from blip_pipelines.data.loader import Batch, ReadImages, StepLoader, Steps, share_of
 from blip_pipelines.data.mixture import InstructionOrder
 from blip_pipelines.data.order import draw
 
@@ -63,42 +62,35 @@ class InstructionLoader(StepLoader):
         workers: int = 0,
     ):
         micro, part = share_of(batch_samples_global, accumulation, rank, ranks)
-        instructions.preload()
-        instructions.keep_window(order.window_shards * len(order.rows_by_data_set))
-        for name in ("instruction", "answers"):
-            instructions.column(name)
-        by_step = _Steps(instructions, order, read_images, tokens, seed, batch_samples_global, micro, part)
+        hold(instructions, order, "instruction", "answers")
+        by_step = _Steps(read_images, batch_samples_global, micro, part, instructions, order, tokens, seed)
         super().__init__(by_step, steps, start_step, workers)
 
 
-@dataclass(frozen=True)
-class _Steps(Dataset):
-    """Optimizer steps by number."""
+def hold(instructions: Instructions, order: InstructionOrder, *columns: str) -> None:
+    """Hold in memory what all workers read: ids, the columns, and so many shards as the order mixes."""
+    instructions.preload()
+    instructions.keep_window(order.window_shards * len(order.rows_by_data_set))
+    for name in columns:
+        instructions.column(name)
 
+
+@dataclass(frozen=True)
+class _Steps(Steps):
     instructions: Instructions
     order: InstructionOrder
-    read_images: ReadImages
     tokens: InstructionTokens
     seed: int
-    batch_samples_global: int
-    micro_samples_global: int
-    part: slice  # this rank's rows of a global micro-batch
 
-    def __getitem__(self, step: int) -> list[InstructionBatch] | DataError:
-        try:
-            return self._batches(step)
-        except DataError as error:  # returned, for a raised one would arrive wrapped in a worker's traceback
-            return error
-
-    def _batches(self, step: int) -> list[InstructionBatch]:
+    def batches(self, step: int) -> list[InstructionBatch]:
         rows = self.order.rows(step * self.batch_samples_global, self.batch_samples_global)
         draws = draw(self.seed, step, "answer", 0, len(rows))[:, 0]
-        starts = range(0, self.batch_samples_global, self.micro_samples_global)
-        micros = [slice(start, start + self.micro_samples_global) for start in starts]
-        answers = [self.tokens.for_answers(self.instructions.targets(rows[micro], draws[micro])) for micro in micros]
+        answers = [
+            self.tokens.for_answers(self.instructions.targets(rows[micro], draws[micro])) for micro in self.micros
+        ]
         target_tokens = sum(int(answer.mask[:, 1:].sum()) for answer in answers)
         batches = []
-        for micro, answer in zip(micros, answers, strict=True):
+        for micro, answer in zip(self.micros, answers, strict=True):
             pixels = self.read_images(rows[micro][self.part], step, micro.start + self.part.start)
             parts = self.instructions, self.tokens, rows[micro], answer, pixels, target_tokens, self.part
             batches.append(assemble(*parts))

@@ -9,6 +9,7 @@ count of target tokens equal on all ranks without a word between them.
 import math
 import multiprocessing
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -146,11 +147,42 @@ class FrozenFeatures:
         return self.cache.gather(self._places[rows], views)
 
 
+@dataclass(frozen=True)
+class Steps(Dataset, ABC):
+    """The micro-batches of optimizer steps by number, or the DataError that they gave.
+
+    Attributes:
+        batch_samples_global, micro_samples_global: of a step and of a micro-step, over all ranks.
+        part: this rank's rows of a global micro-batch.
+    """
+
+    read_images: ReadImages
+    batch_samples_global: int
+    micro_samples_global: int
+    part: slice
+
+    def __getitem__(self, step: int) -> list[Any] | DataError:
+        try:
+            return self.batches(step)
+        except DataError as error:  # returned, for a raised one would arrive wrapped in a worker's traceback
+            return error
+
+    @abstractmethod
+    def batches(self, step: int) -> list[Any]:
+        """A `Batch` for each micro-step. Raises DataError."""
+
+    @property
+    def micros(self) -> list[slice]:
+        """The rows of each global micro-batch among those of a step."""
+        starts = range(0, self.batch_samples_global, self.micro_samples_global)
+        return [slice(start, start + self.micro_samples_global) for start in starts]
+
+
 class StepLoader:
     """The batches of one rank; iterating gives, for each optimizer step, a list of micro-batches.
 
     Args:
-        by_step: the micro-batches of a step by its number, or the DataError that they gave.
+        by_step: what makes them.
         steps: where the stream ends.
         start_step: where it begins; equals skipping that many steps.
         workers: processes that prepare steps ahead; 0 prepares them here, when asked.
@@ -159,7 +191,7 @@ class StepLoader:
 
     def __init__(
         self,
-        by_step: "Dataset[Any]",
+        by_step: Steps,
         steps: int,
         start_step: int,
         workers: int,
@@ -236,7 +268,7 @@ class Loader(StepLoader):
         if order.shard_rows != pairs.shard_rows:
             raise ConfigError("the order is of another view than the pairs; make it with Order(pairs.shard_rows, ...)")
         pairs.keep_window(order.window_shards)
-        by_step = _Steps(pairs, order, read_images, tokenizer, max_tokens, batch_samples_global, micro, part, prompt)
+        by_step = _Steps(read_images, batch_samples_global, micro, part, pairs, order, tokenizer, max_tokens, prompt)
         prefetch = None
         if isinstance(read_images, DecodedPixels) and pairs.remote_shards:
             prefetch = Prefetch(pairs, order, batch_samples_global, start_step, steps)
@@ -259,41 +291,25 @@ def share_of(batch_samples_global: int, accumulation: int, rank: int, ranks: int
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset):
-    """Optimizer steps by number."""
-
+class _Steps(Steps):
     pairs: Pairs
     order: Order
-    read_images: ReadImages
     tokenizer: Tokenize
     max_tokens: int
-    batch_samples_global: int
-    micro_samples_global: int
-    part: slice  # this rank's rows of a global micro-batch
     prompt: str
 
-    def __getitem__(self, step: int) -> list[Batch] | DataError:
-        try:
-            return self._batches(step)
-        except DataError as error:  # returned, for a raised one would arrive wrapped in a worker's traceback
-            return error
-
-    def _batches(self, step: int) -> list[Batch]:
+    def batches(self, step: int) -> list[Batch]:
         rows = self.order.rows(step * self.batch_samples_global, self.batch_samples_global)
         prompt_tokens = self.tokenizer.prompt_tokens(self.prompt)
         captions = self.pairs.captions(rows)
-        starts = range(0, self.batch_samples_global, self.micro_samples_global)
-        texts = [
-            self.tokenizer(captions[start : start + self.micro_samples_global], self.max_tokens, self.prompt)
-            for start in starts
-        ]
+        texts = [self.tokenizer(captions[micro], self.max_tokens, self.prompt) for micro in self.micros]
         target_tokens = sum(int((mask.sum(1) - 1 - prompt_tokens).clip(min=0).sum()) for _, mask in texts)
         batches = []
-        for start, (ids, mask) in zip(starts, texts, strict=True):
-            mine = rows[start + self.part.start : start + self.part.stop]
+        for micro, (ids, mask) in zip(self.micros, texts, strict=True):
+            mine = rows[micro][self.part]
             image_ids, text_ids = self.pairs.ids(mine)
             batch = Batch(
-                pixels=torch.from_numpy(self.read_images(mine, step, start + self.part.start)),
+                pixels=torch.from_numpy(self.read_images(mine, step, micro.start + self.part.start)),
                 token_ids=torch.from_numpy(ids[self.part]),
                 token_mask=torch.from_numpy(mask[self.part]),
                 image_ids=torch.from_numpy(image_ids),

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from blip_pipelines.data.instruction_loader import hold
 from blip_pipelines.data.instructions import Instructions
-from blip_pipelines.data.loader import Batch, DataError, ReadImages, StepLoader, share_of
+from blip_pipelines.data.loader import Batch, ReadImages, StepLoader, Steps, share_of
 from blip_pipelines.data.mixture import InstructionOrder
 from blip_pipelines.data.tokens import CaptionTokenizer
 
@@ -59,38 +59,24 @@ class QuestionLoader(StepLoader):
         workers: int = 0,
     ):
         micro, part = share_of(batch_samples_global, accumulation, rank, ranks)
-        instructions.preload()
-        instructions.keep_window(order.window_shards * len(order.rows_by_data_set))
-        for name in ("instruction", "answers", "weight"):
-            instructions.column(name)
-        by_step = _Steps(instructions, order, read_images, tokens, batch_samples_global, micro, part)
+        hold(instructions, order, "instruction", "answers", "weight")
+        by_step = _Steps(read_images, batch_samples_global, micro, part, instructions, order, tokens)
         super().__init__(by_step, steps, start_step, workers)
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset):
-    """Optimizer steps by number."""
-
+class _Steps(Steps):
     instructions: Instructions
     order: InstructionOrder
-    read_images: ReadImages
     tokens: QuestionTokens
-    batch_samples_global: int
-    micro_samples_global: int
-    part: slice  # this rank's rows of a global micro-batch
 
-    def __getitem__(self, step: int) -> list[QuestionBatch] | DataError:
-        try:
-            return self._batches(step)
-        except DataError as error:  # returned, for a raised one would arrive wrapped in a worker's traceback
-            return error
-
-    def _batches(self, step: int) -> list[QuestionBatch]:
+    def batches(self, step: int) -> list[QuestionBatch]:
         rows = self.order.rows(step * self.batch_samples_global, self.batch_samples_global)
         batches = []
-        for start in range(0, self.batch_samples_global, self.micro_samples_global):
-            mine, first = rows[start + self.part.start : start + self.part.stop], start + self.part.start
-            pixels, places = self.read_images(mine, step, first), np.arange(self.part.start, self.part.stop)
+        for micro in self.micros:
+            mine = rows[micro][self.part]
+            pixels = self.read_images(mine, step, micro.start + self.part.start)
+            places = np.arange(self.part.start, self.part.stop)
             batches.append(
                 assemble(self.instructions, self.tokens, mine, pixels, self.batch_samples_global, rows=places)
             )
