@@ -60,9 +60,6 @@ class ObjectCache:
         with self.open(url, size, identity, sha256) as file:
             return os.pread(file.fileno(), count, start)
 
-    def holds(self, url: str, identity: str) -> bool:
-        return self._path(url, identity).exists()
-
     def _path(self, url: str, identity: str) -> Path:
         return self.folder / hashlib.sha256(f"{url}\n{identity}".encode()).hexdigest()[:32]
 

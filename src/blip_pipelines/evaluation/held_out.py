@@ -44,11 +44,8 @@ class HeldOut:
         return found
 
 
-def held_out(pairs: Pairs, split: str, subsets: Sequence[str], stage: str = "evaluation") -> list[HeldOut]:
+def held_out(pairs: Pairs, split: str, subsets: Sequence[str]) -> list[HeldOut]:
     """Those of the subsets that have rows.
-
-    Args:
-        stage: whose parameters name the subsets.
 
     Raises:
         NothingToMeasure: none of them has any.
@@ -58,7 +55,7 @@ def held_out(pairs: Pairs, split: str, subsets: Sequence[str], stage: str = "eva
     if not found:
         others = sorted(set(pairs.select(split=split).column("subset")) - {None})
         raise NothingToMeasure(
-            f"{stage}.subsets: no rows of split '{split}' in {', '.join(subsets)}; "
+            f"evaluation.subsets: no rows of split '{split}' in {', '.join(subsets)}; "
             f"the table has {', '.join(others) or 'none of that split'}"
         )
     return found

@@ -10,7 +10,6 @@ from blip_pipelines.evaluation.scores import Sample, Scores
 
 LENGTHS = ((3, "up to 3 words"), (6, "4 to 6 words"), (10, "7 to 10 words"))
 LONGER = "over 10 words"
-SLICES = ("source", "length")
 
 
 def sliced(scores: Scores, by: str, rows: Iterable[Mapping[str, Any]]) -> Scores:

@@ -12,6 +12,7 @@ from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.storage import StorageError
 from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.data.transforms import ImageConfig
+from blip_pipelines.jobs.frozen_features import fill_features
 from blip_pipelines.models.exports import ExportedMed, load_med
 from blip_pipelines.models.stem import Stem
 from blip_pipelines.training.distributed import World
@@ -43,9 +44,7 @@ class RankModel:
         self.device, self.tokenizer, self.image = world.device, tokenizer, image
         self._cache = None
         if stem is not None:
-            from blip_pipelines.jobs.frozen_features import ensure_features
-
-            self._cache = ensure_features(images, self.image, stem, work, world)
+            self._cache = fill_features(images, self.image, stem, work, world).cache
         dtype = torch.bfloat16 if precision == "bfloat16" else None
         self.autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype is not None)
 

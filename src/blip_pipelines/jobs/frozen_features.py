@@ -61,13 +61,6 @@ class Features:
         return found
 
 
-def ensure_features(
-    images: Path, config: ImageConfig, encoder: FrozenEncoder, work: Path, world: World
-) -> FeatureCache:
-    """See `fill_features`."""
-    return fill_features(images, config, encoder, work, world).cache
-
-
 def fill_features(images: Path, config: ImageConfig, encoder: FrozenEncoder, work: Path, world: World) -> Features:
     """The cache beside the folder of all work, filled by all ranks together as far as it is not, verified if it was.
 

@@ -154,14 +154,13 @@ def _run_inline(description: dict[str, Any], work: Path, threads: int) -> None:
     import torch
 
     from blip_pipelines.jobs.worker import perform
-    from blip_pipelines.training.distributed import World, start
+    from blip_pipelines.training.distributed import start
     from blip_pipelines.training.loop import Stopped
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with start() as world:
-            assert isinstance(world, World)
             perform(description, work, world)
     except Stopped as stopped:
         raise torchrun.JobStopped(f"{stopped}; run it again and it goes on from there") from None

@@ -52,11 +52,6 @@ class Probe:
             pixels = images.reader(rows)(gallery.images)
             self.scenes[subset] = _Scene(gallery, *map(torch.from_numpy, (pixels, *texts)))
 
-    @property
-    def images(self) -> int:
-        """How many it looks at."""
-        return sum(len(scene.pixels) for scene in self.scenes.values())
-
     def __call__(self, step: int) -> dict[str, float]:
         found = {}
         for subset, scene in self.scenes.items():

@@ -101,7 +101,7 @@ class Run:
         numbers = {key: value for key, value in _flatten(values) if isinstance(value, int | float)}
         self.log_history([{"step": 0, **{key: value for key, value in numbers.items() if not isinstance(value, bool)}}])
 
-    def log_input(self, name: str, digest: str, path: Path, profile: Mapping[str, Any] | None = None) -> None:
+    def log_input(self, name: str, digest: str, path: Path) -> None:
         """A data set that the run reads, by content hash: what joins runs into a lineage."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -110,7 +110,7 @@ class Run:
             digest=digest[:36],  # the width of MLflow's column; the whole hash is in the profile
             source_type="local",
             source=json.dumps({"uri": path.as_posix()}),
-            profile=json.dumps({"sha256": digest, **(profile or {})}, sort_keys=True),
+            profile=json.dumps({"sha256": digest}),
         )
         self.store.client.log_inputs(self.id, [DatasetInput(described, [InputTag("mlflow.data.context", name)])])
 
