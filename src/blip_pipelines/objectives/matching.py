@@ -12,13 +12,15 @@ Shapes: B own rows, G rows of the global micro-batch, P pairs scored on this ran
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from blip_pipelines.data.loader import Batch
 from blip_pipelines.models.attention import at_least_float32
+from blip_pipelines.models.keys_values import KeysValues, MatchedImages
 from blip_pipelines.objectives.contrastive import Ranks
 
 WEIGHT_FLOOR = 1e-4  # as BLIP: no allowed candidate is ever impossible
@@ -110,6 +112,23 @@ def draw_pairs(
     text_of_image_B = hard_negatives(image_to_text_BG, forbidden_BG, draw("negative of image"), uniform_share)
     image_of_text_B = hard_negatives(text_to_image_BG, forbidden_BG, draw("negative of text"), uniform_share)
     return matching_pairs(text_of_image_B, ranks.gather(image_of_text_B), ranks.rank, ranks.ranks)
+
+
+class Matcher(Protocol):
+    """A `Med` or a `QFormer`."""
+
+    def match_logits(self, token_ids_BT: Tensor, token_mask_BT: Tensor, image: MatchedImages, /) -> Tensor: ...
+
+
+def match(model: Matcher, batch: Batch, image: KeysValues, pairs: MatchingPairs, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """What `itm_share` gives for the pairs of this rank, scored in one pass; a collective.
+
+    Args:
+        batch, image: the own rows, and their images as cross-attention sees them.
+    """
+    token_ids_PT, token_mask_PT = ranks.gather(batch.token_ids)[pairs.text], ranks.gather(batch.token_mask)[pairs.text]
+    images = MatchedImages(image, pairs.image[2 * len(batch.rows) :])
+    return itm_share(model.match_logits(token_ids_PT, token_mask_PT, images), pairs)
 
 
 def itm_share(logits_P2: Tensor, pairs: MatchingPairs) -> tuple[Tensor, Tensor]:

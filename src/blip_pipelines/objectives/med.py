@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.loader import Batch
-from blip_pipelines.models.keys_values import KeysValues, MatchedImages
+from blip_pipelines.models.keys_values import KeysValues
 from blip_pipelines.models.med import Med
 from blip_pipelines.objectives import contrastive, draws, language_modelling, matching
 from blip_pipelines.objectives.contrastive import Candidates, Ranks
@@ -185,19 +185,11 @@ class MedPretraining(nn.Module):
     def _match(
         self, batch: Batch, step: int, found: Similarities, image: KeysValues, shares: dict[str, Tensor]
     ) -> None:
-        def negatives(of: str, similarity_BG: Tensor) -> Tensor:
-            draw_B = draws.uniform(self.seed, step, f"negative of {of}, micro-step {self._micro_step}", batch.rows)
-            share = self.config.negatives_uniform_share
-            return matching.hard_negatives(similarity_BG, found.positive, draw_B, share)
+        def draw(purpose: str) -> Tensor:
+            return draws.uniform(self.seed, step, f"{purpose}, micro-step {self._micro_step}", batch.rows)
 
-        text_of_image_B = negatives("image", found.image_to_text)
-        image_of_text_G = self.ranks.gather(negatives("text", found.text_to_image))
-        pairs = matching.matching_pairs(text_of_image_B, image_of_text_G, self.ranks.rank, self.ranks.ranks)
-        token_ids_PT = self.ranks.gather(batch.token_ids)[pairs.text]
-        token_mask_PT = self.ranks.gather(batch.token_mask)[pairs.text]
-        images = MatchedImages(image, pairs.image[2 * len(batch.rows) :])
-        logits_P2 = self.model.match_logits(token_ids_PT, token_mask_PT, images)
-        loss, accuracy = matching.itm_share(logits_P2, pairs)
+        pairs = matching.draw_pairs(*found, draw, self.config.negatives_uniform_share, self.ranks)
+        loss, accuracy = matching.match(self.model, batch, image, pairs, self.ranks)
         shares["itm"], shares["itm_accuracy"] = loss / self.accumulation, accuracy / self.accumulation
 
     def _decode(self, batch: Batch, image: KeysValues, shares: dict[str, Tensor]) -> None:

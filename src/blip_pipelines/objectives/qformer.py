@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.loader import Batch
 from blip_pipelines.models.frozen_tower import FrozenTower
-from blip_pipelines.models.keys_values import KeysValues, MatchedImages
+from blip_pipelines.models.keys_values import KeysValues
 from blip_pipelines.models.qformer import QFormer
 from blip_pipelines.objectives import contrastive, draws, language_modelling, matching
 from blip_pipelines.objectives.contrastive import Ranks
@@ -170,11 +170,7 @@ class QFormerPretraining(nn.Module):
             return draws.uniform(self.seed, step, f"{purpose}, micro-step {self._micro_step}", batch.rows)
 
         pairs = matching.draw_pairs(*found, draw, self.config.negatives_uniform_share, self.ranks)
-        token_ids_PT = self.ranks.gather(batch.token_ids)[pairs.text]
-        token_mask_PT = self.ranks.gather(batch.token_mask)[pairs.text]
-        images = MatchedImages(image, pairs.image[2 * len(batch.rows) :])
-        logits_P2 = self.former.match_logits(token_ids_PT, token_mask_PT, images)
-        loss, accuracy = matching.itm_share(logits_P2, pairs)
+        loss, accuracy = matching.match(self.former, batch, image, pairs, self.ranks)
         shares["itm"], shares["itm_accuracy"] = loss / self.accumulation, accuracy / self.accumulation
 
     def _generate(self, batch: Batch, queries: KeysValues, shares: dict[str, Tensor]) -> None:
