@@ -97,11 +97,11 @@ def test_checkpoint_of_another_model_is_refused_with_names(tmp_path: Path) -> No
     other = TinyTask()
     other.register_buffer("extra", torch.zeros(1))
     with pytest.raises(checkpoint.CheckpointError, match=r"task\.extra"):
-        checkpoint.load(path, other, None)
+        checkpoint.load(path, other, make_adamw(other, OptimizerConfig(0.1)))
     other = TinyTask()
     other.register_buffer("ring", torch.zeros(4, 8))
     with pytest.raises(checkpoint.CheckpointError, match=r"task\.ring.*\(16, 8\).*\(4, 8\)"):
-        checkpoint.load(path, other, None)
+        checkpoint.load(path, other, make_adamw(other, OptimizerConfig(0.1)))
 
 
 def test_frozen_weights_are_named_by_hash_and_verified(tmp_path: Path) -> None:

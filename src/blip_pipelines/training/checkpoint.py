@@ -95,7 +95,7 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{path / name}: damaged, its hash is not the one that was written")
 
 
-def load(path: Path, task: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Any], Rows]:
+def load(path: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], Rows]:
     """Copy a sound checkpoint into the tensors of `task` and `optimizer`; returns its facts and the history.
 
     Raises:
@@ -106,13 +106,11 @@ def load(path: Path, task: nn.Module, optimizer: torch.optim.Optimizer | None) -
         raise CheckpointError(f"{path}: trained on other frozen weights than those loaded now: {state.get('frozen')}")
     with safe_open(path / TENSORS, "pt") as file, torch.no_grad():
         names = set(file.keys())
-        if optimizer is not None:
-            _allocate(task, optimizer, names)
+        _allocate(task, optimizer, names)
         targets = dict(_state(task, optimizer))
         wanted = {name for name in targets if name not in state["aliases"]}
-        found = names if optimizer is not None else {name for name in names if name.startswith("task.")}
-        if wanted != found:
-            odd = ", ".join(sorted(wanted ^ found)[:8])
+        if wanted != names:
+            odd = ", ".join(sorted(wanted ^ names)[:8])
             raise CheckpointError(f"{path}: not a checkpoint of this model; only on one side: {odd}")
         for name in sorted(wanted):
             tensor = file.get_tensor(name)
@@ -159,15 +157,14 @@ def frozen_hashes(task: nn.Module) -> dict[str, str]:
     return hashes
 
 
-def _state(task: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Tensor]]:
+def _state(task: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     frozen = tuple(f"{prefix}." for prefix in getattr(task, "frozen", ()))
     for name, tensor in task.state_dict().items():
         if not name.startswith(frozen):
             yield f"task.{name}", tensor
-    if optimizer is not None:
-        for name, parameter in task.named_parameters():
-            for key, tensor in optimizer.state.get(parameter, {}).items():
-                yield f"optimizer.{key}.{name}", tensor
+    for name, parameter in task.named_parameters():
+        for key, tensor in optimizer.state.get(parameter, {}).items():
+            yield f"optimizer.{key}.{name}", tensor
 
 
 def _distinct(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
