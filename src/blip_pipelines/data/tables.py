@@ -9,7 +9,7 @@ view, whose ids keep their meaning.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -25,6 +25,7 @@ from blip_pipelines.data.storage import MANIFEST, StorageError
 
 _PLACE = ("shard", "offset", "size", "width", "height")
 _AT_ONCE = 4  # shards that are verified or read
+_FEW_ROWS = 20_000  # a shard of fewer is read sooner than a thread has begun
 _REMEDY = "restore it (`dvc checkout`, `dvc pull`) or run the stage that writes it"
 
 
@@ -104,10 +105,10 @@ class ImageRows:
             wanted: by column, the value or values that a row may have; None for any.
         """
         chosen = self._rows if rows is None else np.sort(self._rows[np.asarray(rows)])
-        for name, values in wanted.items():
-            if values is not None:
-                is_wanted = self._table.is_in(name, [values] if isinstance(values, str) else list(values))
-                chosen = chosen[is_wanted[chosen]]
+        asked = {name: values for name, values in wanted.items() if values is not None}
+        if asked:
+            asked = {name: [values] if isinstance(values, str) else list(values) for name, values in asked.items()}
+            chosen = chosen[self._table.meets(asked)[chosen]]
         return type(self)(self._table, chosen)
 
     def shard(self, number: int) -> Self:
@@ -221,9 +222,11 @@ class Table:
         self.manifest = storage.read_json(folder / MANIFEST)
         self.hash = storage.content_hash(folder)
         self.paths = [folder / entry["name"] for entry in self.manifest["shards"]]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            stamps = pool.map(partial(_verify, wanted=schema), self.paths, self.manifest["shards"])
-            self._stamps = dict(zip(self.paths, stamps, strict=True))
+        by_path = dict(zip(self.paths, self.manifest["shards"], strict=True))
+        stamps = _each(lambda path: _verify(path, by_path[path]), self.paths, self.manifest["rows"])
+        self._stamps = dict(zip(self.paths, stamps, strict=True))
+        if self.paths:  # the others are, by their hash, what the same writer left
+            _check_schema(self.paths[0], self.manifest["shards"][0], schema)
         self.shard_ends = np.cumsum([entry["rows"] for entry in self.manifest["shards"]], dtype=np.int64)
         self.reader = None
         if images is not None:
@@ -269,24 +272,26 @@ class Table:
         chunks = [chunk for part in self._parts(name) for chunk in part.cast(kind).chunks]
         return pa.concat_arrays(chunks) if chunks else pa.array([], kind)
 
-    def is_in(self, name: str, values: Sequence[str]) -> np.ndarray:
-        """(rows,) bool: whether a row has one of the values in a column."""
-        parts = [pc.is_in(part, value_set=pa.array(values, part.type)) for part in self._parts(name)]
-        return np.concatenate([np.empty(0, bool), *(part.to_numpy() for part in parts)])
+    def meets(self, wanted: Mapping[str, Sequence[str]]) -> np.ndarray:
+        """(rows,) bool: whether a row has in each column one of the values wanted there."""
+
+        def look(table: pa.Table) -> np.ndarray:
+            columns = [pc.is_in(table[name], pa.array(some, table[name].type)) for name, some in wanted.items()]
+            return np.logical_and.reduce([column.to_numpy() for column in columns])
+
+        return np.concatenate([np.empty(0, bool), *self._map(look, *wanted)])
 
     def _parts(self, name: str) -> Iterator[pa.ChunkedArray]:
         """A column shard by shard, read now."""
-        return self._map(lambda column: column, name)
+        return self._map(lambda table: table[name], name)
 
-    def _map(self, call: Callable[[pa.ChunkedArray], Any], name: str) -> Iterator[Any]:
-        """What `call` makes of a column, shard by shard, some of them at once."""
-        if not self.paths and name in self._columns:
-            yield call(pa.chunked_array([self._columns[name]]))
+    def _map(self, call: Callable[[pa.Table], Any], *names: str) -> Iterator[Any]:
+        """What `call` makes of some columns, shard by shard, some of them at once."""
+        if not self.paths and self._columns:
+            yield call(pa.table({name: self._columns[name] for name in names}))
             return
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for first in range(0, len(self.paths), _AT_ONCE):
-                some = self.paths[first : first + _AT_ONCE]
-                yield from pool.map(lambda path: call(pq.ParquetFile(path).read([name])[name]), some)
+        rows = int(self.shard_ends[-1]) if self.paths else 0
+        yield from _each(lambda path: call(_read(path, names)), self.paths, rows)
 
     def values(self, name: str, rows: np.ndarray) -> list[Any]:
         """One column of some rows, as plain values."""
@@ -322,7 +327,7 @@ class Table:
         try:
             if _stamp(path) != self._stamps[path]:
                 raise StorageError(f"{path}: changed since it was opened; end what writes it and start again")
-            return pq.ParquetFile(path).read(list(dict.fromkeys(names)))
+            return _read(path, names)
         except FileNotFoundError as error:
             raise StorageError(f"{path}: table shard is missing; {_REMEDY}") from error
 
@@ -339,7 +344,7 @@ class Table:
     @cached_property
     def image_ids(self) -> np.ndarray:
         """(rows,) int32: 0 for the first image, 1 for the next other one, and so on."""
-        return dense_ids(self._map(hash_keys, "key"))
+        return dense_ids(map(hash_keys, self._parts("key")))
 
     @cached_property
     def _text_ids(self) -> dict[str, np.ndarray]:
@@ -348,7 +353,7 @@ class Table:
     def text_ids(self, name: str) -> np.ndarray:
         """(rows,) int32, as `image_ids`: equal for texts that differ only in case and white space."""
         if name not in self._text_ids:
-            self._text_ids[name] = dense_ids(self._map(hash_texts, name))
+            self._text_ids[name] = dense_ids(map(hash_texts, self._parts(name)))
         return self._text_ids[name]
 
 
@@ -371,26 +376,44 @@ def _gather_texts(parts: Iterable[pa.ChunkedArray], rows: int) -> pa.LargeString
     return pa.LargeStringArray.from_buffers(rows, pa.py_buffer(ends), pa.py_buffer(characters))
 
 
+def _each(call: Callable[[Path], Any], paths: Sequence[Path], rows: int) -> Iterator[Any]:
+    """What a call makes of each shard, some of them at once where they are large enough."""
+    if rows < _FEW_ROWS * len(paths):
+        yield from map(call, paths)
+        return
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for first in range(0, len(paths), _AT_ONCE):
+            yield from pool.map(call, paths[first : first + _AT_ONCE])
+
+
+def _read(path: Path, names: Iterable[str]) -> pa.Table:
+    """Some columns of a shard. Shards are many and small: reading ahead and threads would cost more than they bring."""
+    return pq.ParquetFile(path, pre_buffer=False).read(list(dict.fromkeys(names)), use_threads=False)
+
+
 def _stamp(path: Path) -> tuple[int, ...]:
     """What is no longer the same when a file was written anew."""
     about = path.stat()
     return about.st_ino, about.st_size, about.st_mtime_ns
 
 
-def _verify(path: Path, entry: Mapping[str, Any], wanted: pa.Schema) -> tuple[int, ...]:
+def _verify(path: Path, entry: Mapping[str, Any]) -> tuple[int, ...]:
     """The stamp of a shard that is what the manifest says. Raises StorageError."""
     if not path.is_file():
         raise StorageError(f"{path}: table shard is missing; {_REMEDY}")
     stamp = _stamp(path)
     if (found := storage.sha256_file(path)) != entry["sha256"]:
         raise StorageError(f"{path}: content is {found[:12]}, the manifest says {entry['sha256'][:12]}; {_REMEDY}")
+    return stamp
+
+
+def _check_schema(path: Path, entry: Mapping[str, Any], wanted: pa.Schema) -> None:
     file = pq.ParquetFile(path)
     schema, rows = file.schema_arrow, file.metadata.num_rows
     if not schema.equals(wanted) or rows != entry["rows"]:
         raise StorageError(
             f"{path}: {rows} rows of schema\n{schema}\nwhere {entry['rows']} rows are wanted, of schema\n{wanted}"
         )
-    return stamp
 
 
 def _check_rows(table: pa.Table, schema: pa.Schema, path: Path) -> None:
