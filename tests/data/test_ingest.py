@@ -4,6 +4,7 @@ import struct
 import zlib
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -212,13 +213,12 @@ class _Interrupted:
     name, credits, readers = "interrupted", (), 1
 
     def __init__(self, after):
-        self.after, self.reads = after, Counter()
+        self.after, self.reads, self.place = after, Counter(), self
 
     def records(self):
         for number in range(12):
-            yield Record(
-                f"{number}.png", lambda n=number: self._read(n), (Caption(f"thing {number}"),), self.name, "train"
-            )
+            read = partial(self._read, number)
+            yield Record(f"{number}.png", read, (Caption(f"thing {number}"),), self.name, "train")
 
     def listing(self):
         return [Entry(f"{number}.png", 1, str(number)) for number in range(12)]

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blip_pipelines.data import splits, storage
-from blip_pipelines.data.ingestion_plan import SPLIT_RANK, IngestionConfig, Unit
+from blip_pipelines.data.ingestion_plan import IngestionConfig
+from blip_pipelines.data.plan_store import SPLIT_RANK, PlanStore, Unit
 from blip_pipelines.data.records import PAIR_SCHEMA, QUARANTINE_SCHEMA, Caption, Record, Refused
-from blip_pipelines.data.shard_jobs import Archived, ShardJob
+from blip_pipelines.data.shard_jobs import ShardJob
 from blip_pipelines.data.sources import TRUTH_SCHEMA, Quarantined
 from blip_pipelines.data.storage import StorageError
 
@@ -75,13 +76,13 @@ class Gathered:
     def __init__(
         self,
         jobs: Sequence[ShardJob],
-        units: Sequence[Unit],
+        plan: PlanStore | None,
         config: IngestionConfig,
         source: str,
         quarantine: Quarantine,
         truth: pa.Table | None,
     ):
-        self.jobs, self.units, self.config, self.source, self.quarantine = jobs, units, config, source, quarantine
+        self.jobs, self.plan, self.config, self.source, self.quarantine = jobs, plan, config, source, quarantine
         self.rows, self.counts, self.noise = 0, dict[str, Any](), list[dict[str, Any]]()
         self._truth = {row["member"]: row for row in truth.to_pylist()} if truth is not None else {}
         self._rows_in = quarantine.rows
@@ -128,9 +129,9 @@ class Gathered:
         """Each image that was wanted in a shard, with its row of the index."""
         job = self.jobs[number]
         index = pq.read_table(job.index_path, columns=list(_USED)).to_pylist()
-        if not isinstance(job.wanted, Archived):
+        if self.plan is not None:
             start = number * self.config.shard_images
-            yield from zip(self.units[start : start + len(index)], index, strict=True)
+            yield from zip(self.plan.units(start, start + len(index)), index, strict=True)
             return
         for row in index:
             captions = tuple(Caption(**caption) for caption in row["captions"] or ())

@@ -16,12 +16,15 @@ import pyarrow.parquet as pq
 
 from blip_pipelines.data import shards, storage
 from blip_pipelines.data.gathered import NOISE_SCHEMA, Gathered, Quarantine
-from blip_pipelines.data.ingestion_plan import IngestionConfig, Unit, archive_jobs, file_jobs, plan_files
+from blip_pipelines.data.ingestion_plan import IngestionConfig, archive_jobs, file_jobs, plan_files
 from blip_pipelines.data.pairs import write_pairs
-from blip_pipelines.data.shard_jobs import do_jobs
-from blip_pipelines.data.sources import ArchiveSource, Quarantined, Source
+from blip_pipelines.data.plan_store import PlanStore
+from blip_pipelines.data.shard_jobs import ShardJob, do_jobs
+from blip_pipelines.data.sources import ArchiveSource, Source
 
 log = logging.getLogger(__name__)
+
+_PLAN = ".plan.sqlite"  # among the images while ingestion runs
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,20 @@ def ingest(source: Source | ArchiveSource, config: IngestionConfig, out: DataSet
         WorkerDiedError: a process was killed; run again, and what was finished is kept.
     """
     if isinstance(source, ArchiveSource):
-        lost: list[Quarantined] = []
-        units: list[Unit] = []
-        jobs = archive_jobs(source, config, out.images)
-    else:
-        units, lost = plan_files(source, config)
-        jobs = file_jobs(units, source.readers, config, out.images)
+        return _ingest(source, archive_jobs(source, config, out.images), None, config, out)
+    with PlanStore(out.images / _PLAN, getattr(source, "place", None)) as plan:
+        plan_files(source, config, plan)
+        return _ingest(source, file_jobs(plan, source.readers, config, out.images), plan, config, out)
+
+
+def _ingest(
+    source: Source | ArchiveSource, jobs: list[ShardJob], plan: PlanStore | None, config: IngestionConfig, out: DataSet
+) -> dict[str, Any]:
+    """Do the jobs and write the tables.
+
+    Args:
+        plan: of the jobs; None for those of archives.
+    """
     written = do_jobs(jobs, config.workers)
     in_place = {shards.shard_name(job.number): job.url for job in jobs if job.url is not None}
     offloaded = shards.read_places(out.images)[0]
@@ -64,10 +75,10 @@ def ingest(source: Source | ArchiveSource, config: IngestionConfig, out: DataSet
     _keep_only(out.images, {job.index_path.name for job in jobs} | (names - in_place.keys()))
 
     with Quarantine(out.quarantine, source.name) as quarantine:
-        for row in lost:
+        for row in plan.lost if plan is not None else ():
             quarantine.add(row)
         truth = None if isinstance(source, ArchiveSource) else source.truth()
-        gathered = Gathered(jobs, units, config, source.name, quarantine, truth)
+        gathered = Gathered(jobs, plan, config, source.name, quarantine, truth)
         write_pairs(out.pairs, gathered.tables(), images_hash, gathered.counts)
     _keep_only(out.pairs, {f"{number:05d}.parquet" for number in range(len(jobs))})
     _write_table(pa.Table.from_pylist(gathered.noise, NOISE_SCHEMA), out.noise)

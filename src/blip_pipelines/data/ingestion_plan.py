@@ -4,7 +4,6 @@ Equal files are together; a limit draws from every split and subset. So the plan
 number of workers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +12,11 @@ from blip_pipelines.data import splits
 from blip_pipelines.data.contracts import ContractsConfig
 from blip_pipelines.data.images import ImageLimits
 from blip_pipelines.data.noise import NoiseConfig
-from blip_pipelines.data.records import Record
-from blip_pipelines.data.shard_jobs import Archived, ShardJob, Wanted
+from blip_pipelines.data.plan_store import PlanStore
+from blip_pipelines.data.shard_jobs import Archived, ShardJob
 from blip_pipelines.data.sources import Archive, ArchiveSource, Quarantined, Source, SourceConfig
 from blip_pipelines.data.splits import SplitConfig
 
-SPLIT_RANK = {"train": 0, "val": 1, "test": 2}
 _SAMPLED_ARCHIVES = 16  # of each split, under a limit
 
 
@@ -44,55 +42,33 @@ class IngestionConfig:
     workers: int = strict.speed_only(0)
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """One distinct file of the source: the records of all its copies."""
-
-    records: tuple[Record, ...]
-    checksum: str = ""
-
-    @property
-    def member(self) -> str:
-        return self.records[0].member
-
-    @property
-    def rows(self) -> int:
-        return sum(len(record.captions) for record in self.records)
-
-    @property
-    def cell(self) -> tuple[str, str | None]:
-        """Declared (split, subset) of the strongest copy, from which `limit` draws."""
-        strongest = max(self.records, key=lambda record: SPLIT_RANK.get(record.split or "", -1))
-        split = strongest.split or ""
-        return split, None if split in ("", "train") else strongest.subset or "all"
-
-
-def plan_files(source: Source, config: IngestionConfig) -> tuple[list[Unit], list[Quarantined]]:
-    """Distinct files in the order in which they are stored: drawn, so that each shard is a fair sample of the whole."""
-    checksums = {entry.member: entry.checksum for entry in source.listing()}
-    copies: dict[str, list[Record]] = {}
-    lost = []
+def plan_files(source: Source, config: IngestionConfig, plan: PlanStore) -> None:
+    """Put distinct files in the order in which they are stored: drawn, so that each shard is a fair sample."""
+    plan.know((entry.member, entry.checksum) for entry in source.listing())
     for found in source.records():
         if isinstance(found, Quarantined):
-            lost.append(found)
+            plan.lose(found)
         elif not found.captions:
-            lost.append(Quarantined(found.member, "no_caption", "no caption names this image"))
+            plan.lose(Quarantined(found.member, "no_caption", "no caption names this image"))
         else:
-            copies.setdefault(checksums[found.member], []).append(found)
-    units = [Unit(tuple(same), checksum) for checksum, same in copies.items()]
-    units.sort(key=lambda unit: splits.draw(config.seed, "order", unit.member))
+            plan.add(found, splits.draw(config.seed, "order", found.member))
+    plan.settle()
     if config.limit is not None:
-        cells, names = [unit.cell for unit in units], [unit.member for unit in units]
-        units = splits.sample(units, cells, names, config.limit, config.seed)
-    return units, lost
+        units = [(unit.cell, unit.member) for unit in plan.units(0, len(plan))]
+        cells, names = [cell for cell, _ in units], [member for _, member in units]
+        plan.keep(splits.sample(range(len(plan)), cells, names, config.limit, config.seed))
 
 
-def file_jobs(units: Sequence[Unit], readers: int, config: IngestionConfig, folder: Path) -> list[ShardJob]:
+def file_jobs(plan: PlanStore, readers: int, config: IngestionConfig, folder: Path) -> list[ShardJob]:
     """A job for each run of `shard_images` files."""
-    wanted = [Wanted(unit.records[0].read, unit.checksum) for unit in units]
+    count = len(plan)
     return [
-        ShardJob(number, tuple(wanted[start : start + config.shard_images]), folder, config.limits, readers=readers)
-        for number, start in enumerate(range(0, len(units), config.shard_images))
+        ShardJob(
+            *(number, plan.images(start, min(start + config.shard_images, count))),
+            *(folder, config.limits),
+            readers=readers,
+        )
+        for number, start in enumerate(range(0, count, config.shard_images))
     ]
 
 

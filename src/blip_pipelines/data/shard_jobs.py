@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -95,7 +95,7 @@ class ShardJob:
     """
 
     number: int
-    wanted: tuple[Wanted, ...] | Archived
+    wanted: Iterable[Wanted] | Archived  # an iterable that gives the same each time
     folder: Path
     limits: ImageLimits
     readers: int = 1
@@ -225,7 +225,7 @@ def _write_shard(job: ShardJob) -> None:
         pq.write_table(pa.Table.from_pylist(rows, schema), temporary, compression="zstd", compression_level=3)
 
 
-def _read_ahead(wanted: Sequence[Wanted], readers: int) -> Iterator[Item]:
+def _read_ahead(wanted: Iterable[Wanted], readers: int) -> Iterator[Item]:
     if readers == 1:
         yield from (Item(image.read) for image in wanted)
         return

@@ -42,7 +42,8 @@ class Quarantined(NamedTuple):
 class Source(Protocol):
     """What ingestion asks of a source of files.
 
-    Members are unique names of images; several records may speak of one. `records` never fails on one bad row.
+    Members are unique names of images; several records may speak of one. `records` never fails on one bad row. Records
+    pickle, and wait on the disk for their turn; what all of them read from is kept once, if it is the source's `place`.
     """
 
     @property

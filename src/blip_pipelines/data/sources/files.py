@@ -3,7 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -11,10 +11,12 @@ from blip_pipelines.config import ConfigError
 from blip_pipelines.data.places import Entry, Place
 from blip_pipelines.data.records import Caption, Record, Refused
 from blip_pipelines.data.sources import Quarantined, SourceError
+from blip_pipelines.data.sources.grouped_rows import GroupedRows
 
 ORIGINS = ("human", "web", "synthetic")
 SPLITS = ("train", "val", "test")
 _OPTIONS = "ingestion.source.options"
+_KNOWN = 4096  # images whose place was checked; the captions of one mostly follow one another
 
 
 class Row(NamedTuple):
@@ -39,14 +41,13 @@ class FileSource(ABC):
         """Every caption, in the order of the annotations, and every row that is none."""
 
     def records(self) -> Iterator[Record | Quarantined]:
-        grouped, refused = self._rows
         read = self.place.read  # one bound method for all
-        for (member, split), captions in grouped.items():
-            yield Record(member, partial(read, member), tuple(captions), self.name, split)
-        yield from refused
+        for member, split, captions in self._rows.groups():
+            yield Record(member, partial(read, member), captions, self.name, split)
+        yield from self._rows.refused()
 
     def listing(self) -> Iterable[Entry]:
-        for member in dict.fromkeys(member for member, _ in self._rows[0]):
+        for member in self._rows.members():
             try:
                 yield self.place.entry(member)
             except OSError:  # it vanished or may not be read: ingestion meets that again, and refuses the row by name
@@ -56,21 +57,16 @@ class FileSource(ABC):
         return None
 
     @cached_property
-    def _rows(self) -> tuple[dict[tuple[str, str | None], list[Caption]], list[Quarantined]]:
-        grouped: dict[tuple[str, str | None], list[Caption]] = {}
-        refused: list[Quarantined] = []
-        known: dict[str, Refused | None] = {}
+    def _rows(self) -> GroupedRows:
+        grouped, refusal = GroupedRows(), lru_cache(_KNOWN)(self._refusal)
         for row in self.rows():
             if isinstance(row, Quarantined):
-                refused.append(row)
-                continue
-            if row.member not in known:
-                known[row.member] = self._refusal(row.member)
-            if (error := known[row.member]) is not None:
-                refused.append(Quarantined(row.member, error.reason, str(error)))
+                grouped.refuse(row)
+            elif (error := refusal(row.member)) is not None:
+                grouped.refuse(Quarantined(row.member, error.reason, str(error)))
             else:
-                grouped.setdefault((PurePosixPath(row.member).as_posix(), row.split), []).append(row.caption)
-        return grouped, refused
+                grouped.add(PurePosixPath(row.member).as_posix(), row.split, row.caption)
+        return grouped
 
     def _refusal(self, member: str) -> Refused | None:
         try:
