@@ -12,10 +12,11 @@ from PIL import Image
 
 from blip_pipelines.data.records import PAIR_SCHEMA, QUARANTINE_SCHEMA
 from blip_pipelines.data.shards import ShardWriter
-from blip_pipelines.evaluation.evidence import in_order
+from blip_pipelines.evaluation.evidence import Evidence, in_order
 from blip_pipelines.evaluation.figures import line_chart, running_mean, thumbnail, ticks
+from blip_pipelines.evaluation.measures import summary
 from blip_pipelines.evaluation.page import Html, tag
-from blip_pipelines.evaluation.report import SECTIONS, summary, write_report
+from blip_pipelines.evaluation.report import SECTIONS, write_report
 
 HOSTILE = """<script>alert("x")</script> & 'quoted' <img src=x onerror=y>"""
 
@@ -113,8 +114,8 @@ def evidence(tmp_path: Path) -> dict:
     }
 
 
-def written(tmp_path: Path, evidence: dict, **more) -> str:
-    write_report(tmp_path / "report.html", **{**evidence, **more})
+def written(tmp_path: Path, evidence: dict, docs: Path | None = None, **more) -> str:
+    write_report(tmp_path / "report.html", Evidence(**{**evidence, **more}), docs)
     return (tmp_path / "report.html").read_text("utf-8")
 
 
@@ -163,15 +164,17 @@ def test_a_run_without_results_still_gets_a_page(tmp_path):
     nowhere = tmp_path / "nowhere"
     write_report(
         tmp_path / "report.html",
-        stages={},
-        metrics={},
-        pairs=nowhere,
-        images=nowhere,
-        quarantine=nowhere / "quarantine.parquet",
-        history={},
-        predictions={"med_pretraining": nowhere},
-        credits=[],
-        registered=[],
+        Evidence(
+            stages={},
+            metrics={},
+            pairs=nowhere,
+            images=nowhere,
+            quarantine=nowhere / "quarantine.parquet",
+            history={},
+            predictions={"med_pretraining": nowhere},
+            credits=[],
+            registered=[],
+        ),
         docs=nowhere,
     )
     page = Page((tmp_path / "report.html").read_text("utf-8"))

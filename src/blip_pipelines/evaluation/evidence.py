@@ -66,7 +66,25 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that the page shows; anything may be missing or empty."""
+    """All that the page shows; anything may be missing or empty.
+
+    Attributes:
+        stages: run record by stage: `seconds`, and where known `samples_per_second`, `data_wait_share`, `mfu`,
+            `peak_memory_bytes`, `reused`; also looked for in its `speed` and `facts`.
+        metrics: flat numbers `stage/metric/subset`.
+        pairs, images, quarantine: the data set; `quarantine` a parquet file.
+        history: rows {"step": int, name: value} by stage.
+        predictions: by stage, the folder with `predictions_retrieval.parquet` and `predictions_captions.parquet`.
+        credits: a sentence for each work that is shown or built on; addresses in it become links.
+        registered: dicts `name`, `version`, `alias`, `stage`.
+        decisions: of the gate about them: `name`, `promoted`, `refused`, `champion`, `rulings`.
+        noise: the evaluator's side file; only with it are corrupted samples marked.
+        contracts: a row for each rule: `rule`, `severity`, `passed`, `checked`, `failed`.
+        docs: address of the Data Docs, relative to the page; `write_report` sets it.
+        decided: by round of CapFilt, the folder of its judged captions.
+        ablations: what `evaluation.ablation.collect` found.
+        answers: by stage, the folder with `predictions_answers.parquet`.
+    """
 
     stages: Mapping[str, dict]
     metrics: Mapping[str, float]
@@ -80,10 +98,10 @@ class Evidence:
     decisions: Sequence[dict] = ()
     noise: Path | None = None
     contracts: Sequence[dict] = ()
-    docs: str | None = None  # address of the Data Docs, relative to the page
-    decided: Mapping[str, Path] = field(default_factory=dict)  # by round of CapFilt, its judged captions
+    docs: str | None = None
+    decided: Mapping[str, Path] = field(default_factory=dict)
     ablations: Mapping[str, Any] | None = None
-    answers: Mapping[str, Path] = field(default_factory=dict)  # by stage, what it answered to instructions
+    answers: Mapping[str, Path] = field(default_factory=dict)
     pictures: Pictures = field(init=False)
 
     def __post_init__(self) -> None:

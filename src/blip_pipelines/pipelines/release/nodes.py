@@ -108,7 +108,9 @@ def report(
             `metrics_<stage>`.
     """
     from blip_pipelines.data.sources.packages import WHEELS
-    from blip_pipelines.evaluation.report import summary, write_report
+    from blip_pipelines.evaluation.evidence import Evidence
+    from blip_pipelines.evaluation.measures import summary
+    from blip_pipelines.evaluation.report import write_report
 
     def of(kind: str) -> dict[str, Any]:
         return {name.removeprefix(f"{kind}_"): by_stage[name] for name in by_stage if name.startswith(f"{kind}_")}
@@ -117,8 +119,7 @@ def report(
     measures = {name: value for each in (metrics, *of("metrics").values()) for name, value in each.items()}
     if ablations:
         measures |= ablations["metrics"]
-    page = partial(
-        write_report,
+    evidence = Evidence(
         stages=stages,
         metrics=measures,
         pairs=pairs,
@@ -133,7 +134,6 @@ def report(
         decisions=gate["decisions"],
         noise=noise,
         contracts=contracts,
-        docs=docs,
         ablations=ablations,
     )
-    return page, summary(measures, stages)
+    return partial(write_report, evidence=evidence, docs=docs), summary(measures, stages)
