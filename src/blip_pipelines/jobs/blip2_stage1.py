@@ -14,23 +14,22 @@ from typing import Any, Literal
 
 from blip_pipelines.config import ConfigError, read, speed_only
 from blip_pipelines.data.pairs import Pairs
-from blip_pipelines.data.storage import write_json
 from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.data.transforms import ImageConfig
 from blip_pipelines.inference.qformer_image_text import QFormerImageText
 from blip_pipelines.jobs.exported import its_tokenizer
-from blip_pipelines.jobs.probe import Probe, ProbeConfig
+from blip_pipelines.jobs.pair_training import train_on_pairs
+from blip_pipelines.jobs.probe import ProbeConfig
 from blip_pipelines.jobs.receipt import OUTPUTS
-from blip_pipelines.jobs.training_data import Images, batches_of, fresh_tokenizer
+from blip_pipelines.jobs.training_data import Images, fresh_tokenizer, keep_training
 from blip_pipelines.models.blip2_exports import export_blip2
 from blip_pipelines.models.exports import load_med
 from blip_pipelines.models.frozen_tower import FrozenTower, TowerConfig, open_tower
 from blip_pipelines.models.qformer import QFormer, QFormerConfig
 from blip_pipelines.models.qformer_start import QFormerStartConfig, start_qformer
 from blip_pipelines.objectives.qformer import QFormerObjectiveConfig, QFormerPretraining
-from blip_pipelines.training import checkpoint
 from blip_pipelines.training.distributed import World
-from blip_pipelines.training.loop import CHECKPOINTS, TrainingConfig, train
+from blip_pipelines.training.loop import TrainingConfig
 from blip_pipelines.training.optimizer import OptimizerConfig
 
 MED = "med"
@@ -96,33 +95,21 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
     images = Images(parts.image, parts.tower if is_cached else None, inputs["images"], work, world)
     live = None if is_cached else parts.tower
 
-    training, objective = settings.training, settings.objective
-    task = QFormerPretraining(parts.former, objective, world, settings.seed, training.accumulation, live)
-    probe = None
-    if world.is_first and training.validate_every_steps:
-        asked = QFormerImageText(parts.former, live)
-        probe = Probe(settings.probe, asked, pairs, images, parts.tokenizer, settings, world.device)
-    history = train(
-        task,
-        batches_of(train_pairs, images, parts.tokenizer, settings, objective.prompt, world),
-        *(settings.optimizer, training, world, work, settings.seed, work.name),
-        validate=probe,
-        shown=("itc", "itm", "itg"),
-    )
+    objective = settings.objective
+    task = QFormerPretraining(parts.former, objective, world, settings.seed, settings.training.accumulation, live)
+    model = QFormerImageText(parts.former, live)
+    data = pairs, train_pairs, images, parts.tokenizer
+    history = train_on_pairs(task, model, *data, settings, objective.prompt, work, world, shown=("itc", "itm", "itg"))
     if world.is_first:
-        outputs = work / OUTPUTS
         export_blip2(
             parts.former,
-            outputs,
+            work / OUTPUTS,
             parts.tower,
             parts.tokenizer,
             asdict(parts.image),
             temperature=task.temperature.item(),
         )
-        checkpoint.copy_newest(work / CHECKPOINTS, outputs / "checkpoint")
-        write_json(outputs / checkpoint.HISTORY, history)
-        images.note_gain(work, training)
-    last = next((row for row in reversed(history) if "loss" in row), {})
+        keep_training(work, history, images, settings.training)
     return {
         "rows": len(train_pairs),
         "images": len(train_pairs.unique_images()),
@@ -131,7 +118,7 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
         "frozen_parameters": sum(parameter.numel() for parameter in parts.tower.parameters()),
         "tower": {"hash": parts.tower.hash, "tokens": parts.tower.tokens, "width": parts.tower.width},
         "started": parts.started,
-        "last": last,
+        "last": next((row for row in reversed(history) if "loss" in row), {}),
     }
 
 

@@ -1,21 +1,16 @@
 """What a model answers to the rows of an instruction table."""
 
 import hashlib
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from blip_pipelines.data.instructions import Instructions
-from blip_pipelines.evaluation.answers import ROLES, measure_answers, write_answers
 from blip_pipelines.inference.answering import Answered
 from blip_pipelines.jobs.training_data import Images
-
-log = logging.getLogger(__name__)
 
 
 def drawn_rows(view: Instructions, rows: int | None, seed: int = 0) -> np.ndarray:
@@ -84,25 +79,6 @@ def answers_of(
                 answers = answerers[task].answer(pixels.to(device), view.instructions(batch), candidates)
                 found |= zip(batch.tolist(), answers, strict=True)
     return [found[row] for row in rows.tolist()]
-
-
-def measure(view: Instructions, answers: Sequence[Answered], draws: int, seed: int, outputs: Path) -> dict[str, float]:
-    """Flat metrics, as `evaluation.answers.AnswerMetrics`, of all rows; writes and logs them.
-
-    Args:
-        draws, seed: of the bootstrap of the gain over one answer for all.
-    """
-    texts, scores = [answer.text for answer in answers], [answer.scores for answer in answers]
-    metrics, rows = measure_answers(view, texts, scores, draws, seed)
-    write_answers(outputs, rows)
-    for role in [role for role in ROLES if f"accuracy/{role}" in metrics]:
-        log.info(
-            "%-8s accuracy %.3f   one answer for all %.3f   difference %+.3f (%+.3f to %+.3f)",
-            role.replace("_", " "),
-            *(metrics[f"{name}/{role}"] for name in ("accuracy", "majority", "accuracy_gain")),
-            *(metrics[f"accuracy_gain_{end}/{role}"] for end in ("low", "high")),
-        )
-    return metrics
 
 
 def _pixels(

@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from blip_pipelines.config import ConfigError, read, speed_only
 from blip_pipelines.data.pairs import Pairs
-from blip_pipelines.data.storage import write_json
 from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.data.transforms import ImageConfig
 from blip_pipelines.inference.image_text import MedImageText
 from blip_pipelines.jobs.exported import its_tokenizer
-from blip_pipelines.jobs.probe import Probe, ProbeConfig
+from blip_pipelines.jobs.pair_training import train_on_pairs
+from blip_pipelines.jobs.probe import ProbeConfig
 from blip_pipelines.jobs.receipt import OUTPUTS
-from blip_pipelines.jobs.training_data import Images, batches_of, fresh_tokenizer, package_wheel
+from blip_pipelines.jobs.training_data import Images, fresh_tokenizer, keep_training, package_wheel
 from blip_pipelines.models.exports import export_med, load_med
 from blip_pipelines.models.med import Med, MedConfig
 from blip_pipelines.models.starting_points import StartConfig, start
@@ -29,9 +29,8 @@ from blip_pipelines.models.stem import FEATURES, STRIDE, Stem
 from blip_pipelines.models.text import TextConfig
 from blip_pipelines.models.vision import VisionConfig
 from blip_pipelines.objectives.med import MedObjectiveConfig, MedPretraining
-from blip_pipelines.training import checkpoint
 from blip_pipelines.training.distributed import World
-from blip_pipelines.training.loop import CHECKPOINTS, TrainingConfig, train
+from blip_pipelines.training.loop import TrainingConfig
 from blip_pipelines.training.optimizer import OptimizerConfig
 
 logger = logging.getLogger(__name__)
@@ -86,41 +85,29 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
     parts = _Parts.make(settings, pairs, inputs)
     images = Images(settings.image, parts.stem, inputs["images"], work, world)
 
-    training, objective = settings.training, settings.objective
-    task = MedPretraining(parts.med, objective, world, settings.seed, training.accumulation)
-    probe = None
-    if world.is_first and training.validate_every_steps:
-        asked = MedImageText(parts.med)
-        probe = Probe(settings.probe, asked, pairs, images, parts.tokenizer, settings, world.device)
-    history = train(
-        task,
-        batches_of(train_pairs, images, parts.tokenizer, settings, objective.prompt, world),
-        *(settings.optimizer, training, world, work, settings.seed, work.name),
-        validate=probe,
-        shown=("itc", "itm", "lm"),
-    )
+    objective = settings.objective
+    task = MedPretraining(parts.med, objective, world, settings.seed, settings.training.accumulation)
+    model = MedImageText(parts.med)
+    data = pairs, train_pairs, images, parts.tokenizer
+    history = train_on_pairs(task, model, *data, settings, objective.prompt, work, world, shown=("itc", "itm", "lm"))
     if world.is_first:
-        outputs = work / OUTPUTS
         export_med(
             parts.med,
-            outputs,
+            work / OUTPUTS,
             parts.tokenizer,
             asdict(settings.image),
             stem=parts.stem,
             temperature=task.temperature.item(),
             label_smoothing=objective.label_smoothing,
         )
-        checkpoint.copy_newest(work / CHECKPOINTS, outputs / "checkpoint")
-        write_json(outputs / checkpoint.HISTORY, history)
-        images.note_gain(work, training)
-    last = next((row for row in reversed(history) if "loss" in row), {})
+        keep_training(work, history, images, settings.training)
     return {
         "rows": len(train_pairs),
         "images": len(train_pairs.unique_images()),
         "vocabulary": len(parts.tokenizer),
         "parameters": sum(parameter.numel() for parameter in parts.med.parameters()),
         "started": parts.started,
-        "last": last,
+        "last": next((row for row in reversed(history) if "loss" in row), {}),
     }
 
 

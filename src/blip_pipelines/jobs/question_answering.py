@@ -7,7 +7,6 @@ Outputs: the export of `models.exports.export_med` of the kind question_answerin
 left) and `history.json`.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,21 +16,17 @@ from blip_pipelines.config import ConfigError, read, speed_only
 from blip_pipelines.data.instructions import Instructions
 from blip_pipelines.data.mixture import InstructionOrder
 from blip_pipelines.data.question_loader import QuestionLoader, QuestionTokens
-from blip_pipelines.data.storage import write_json
 from blip_pipelines.data.transforms import ImageConfig
 from blip_pipelines.jobs.exported import its_tokenizer
 from blip_pipelines.jobs.question_probe import QuestionProbe, QuestionProbeConfig
 from blip_pipelines.jobs.receipt import OUTPUTS
-from blip_pipelines.jobs.training_data import Images
+from blip_pipelines.jobs.training_data import Images, keep_training
 from blip_pipelines.models.exports import export_med, load_med
 from blip_pipelines.models.question_answering import KIND, QuestionAnswering
 from blip_pipelines.objectives.question_answering import AnswerLossConfig, AnswerTraining
-from blip_pipelines.training import checkpoint
 from blip_pipelines.training.distributed import World
-from blip_pipelines.training.loop import CHECKPOINTS, TrainingConfig, train
+from blip_pipelines.training.loop import TrainingConfig, train
 from blip_pipelines.training.optimizer import OptimizerConfig
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,16 +109,13 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
         shown=("lm",),
     )
     if world.is_first:
-        outputs = work / OUTPUTS
         export_med(
-            *(model, outputs, tokenizer, {**start.image, **settings.image}),
+            *(model, work / OUTPUTS, tokenizer, {**start.image, **settings.image}),
             stem=start.stem,
             label_smoothing=settings.objective.label_smoothing,
             kinds=(KIND,),
         )
-        checkpoint.copy_newest(work / CHECKPOINTS, outputs / "checkpoint")
-        write_json(outputs / checkpoint.HISTORY, history)
-        images.note_gain(work, training)
+        keep_training(work, history, images, training)
     return {
         "rows": len(rows),
         "probabilities": order.probabilities,

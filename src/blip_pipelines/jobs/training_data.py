@@ -1,4 +1,6 @@
-"""What training jobs read alike: the tokenizer of a starting point, images as pixels or as cached features, batches."""
+"""What training jobs read alike, and what they leave: the tokenizer of a starting point, images as pixels or as cached
+features, batches; the checkpoint and the history beside an export.
+"""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,8 +18,10 @@ from blip_pipelines.data.tables import ImageRows
 from blip_pipelines.data.tokens import CaptionTokenizer, prune_vocabulary
 from blip_pipelines.data.transforms import ImageConfig
 from blip_pipelines.jobs.frozen_features import Features, FrozenEncoder, fill_features
+from blip_pipelines.jobs.receipt import OUTPUTS
+from blip_pipelines.training import checkpoint
 from blip_pipelines.training.distributed import World
-from blip_pipelines.training.loop import SPEED, TrainingConfig
+from blip_pipelines.training.loop import CHECKPOINTS, SPEED, TrainingConfig
 
 
 class DataSettings(Protocol):
@@ -87,6 +91,14 @@ def batches_of(
         )
 
     return batches_from
+
+
+def keep_training(work: Path, history: checkpoint.Rows, images: Images, training: TrainingConfig) -> None:
+    """Put the newest checkpoint and the history of a training that is over beside its export; for one rank to do."""
+    outputs = work / OUTPUTS
+    checkpoint.copy_newest(work / CHECKPOINTS, outputs / "checkpoint")
+    write_json(outputs / checkpoint.HISTORY, history)
+    images.note_gain(work, training)
 
 
 def fresh_tokenizer(
