@@ -1,20 +1,18 @@
 """From a node to a job and back: the receipt, its curves and the record of the run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from blip_pipelines.jobs.receipt import Receipt
 from blip_pipelines.pipelines.parameters import Stage
 from blip_pipelines.pipelines.work import run_record
 
 
-@dataclass(frozen=True)
-class Launched:
-    """What a stage's node gets back.
+class Launched(NamedTuple):
+    """What a stage's node gets back, and the outputs of one that trains.
 
-    Args:
+    Attributes:
         receipt: of the finished job.
         history: rows {"step": n, name: value}, the whole curve also after a resume.
         record: seconds, speeds, run id and date; the report alone reads it.

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from blip_pipelines.jobs.receipt import Receipt
-from blip_pipelines.pipelines.launching import launched
+from blip_pipelines.pipelines.launching import Launched, launched
 from blip_pipelines.pipelines.med_pretraining.nodes import check_seal
 from blip_pipelines.pipelines.parameters import Stage, read_block
 
@@ -20,7 +19,7 @@ def read_parameters(block: dict[str, Any]) -> Stage:
 
 def learn_queries(
     pairs: Path, images: Path, packages: Path, checked: dict[str, str], med: Path, parameters: dict[str, Any]
-) -> tuple[Receipt, list[dict[str, float]], dict[str, Any]]:
+) -> Launched:
     """Train the Q-Former on the `train` split.
 
     Args:
@@ -40,5 +39,4 @@ def learn_queries(
     inputs = {"pairs": pairs, "images": images, "packages": packages}
     if stage.config.needs_med:
         inputs["med"] = med
-    done = launched(JOB, stage, inputs)
-    return done.receipt, done.history, done.record
+    return launched(JOB, stage, inputs)

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from blip_pipelines.jobs.receipt import Receipt
-from blip_pipelines.pipelines.launching import launched
+from blip_pipelines.pipelines.launching import Launched, launched
 from blip_pipelines.pipelines.med_pretraining.nodes import check_seal
 from blip_pipelines.pipelines.parameters import Stage, read_block
 
@@ -26,7 +25,7 @@ def pretrain(
     stage1: Path,
     med: Path,
     parameters: dict[str, Any],
-) -> tuple[Receipt, list[dict[str, float]], dict[str, Any]]:
+) -> Launched:
     """Train on the `train` split.
 
     Args:
@@ -47,5 +46,4 @@ def pretrain(
     inputs = {"pairs": pairs, "images": images, "packages": packages, "start": stage1}
     if stage.config.needs_med:
         inputs["med"] = med
-    done = launched(JOB, stage, inputs)
-    return done.receipt, done.history, done.record
+    return launched(JOB, stage, inputs)

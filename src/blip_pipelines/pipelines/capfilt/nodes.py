@@ -22,8 +22,6 @@ JUDGE = "blip_pipelines.jobs.capfilt_judge"
 COMPOSE = "blip_pipelines.data.composition"
 CONTRACTS = ("blip_pipelines.data.contracts", "blip_pipelines.data.quality", "blip_pipelines.data.shift")
 
-Trained = tuple[Receipt, list[dict[str, float]], dict[str, Any]]
-
 
 class NoTrustedCaptionsError(RuntimeError):
     """A corpus without the captions that captioner and filter learn from."""
@@ -36,7 +34,7 @@ def read_parameters(block: dict[str, Any]) -> Stage:
     return read_block(CapfiltConfig, LaunchConfig, block, "capfilt")
 
 
-def finetune_captioner(model: Path, pairs: Path, images: Path, parameters: dict[str, Any]) -> Trained:
+def finetune_captioner(model: Path, pairs: Path, images: Path, parameters: dict[str, Any]) -> Launched:
     """Train on human pairs by LM alone, from a pretrained model.
 
     Returns:
@@ -47,7 +45,7 @@ def finetune_captioner(model: Path, pairs: Path, images: Path, parameters: dict[
     return _finetune("captioner", block, stage, {"start": model, "pairs": pairs, "images": images})
 
 
-def finetune_filter(model: Path, pairs: Path, images: Path, parameters: dict[str, Any]) -> Trained:
+def finetune_filter(model: Path, pairs: Path, images: Path, parameters: dict[str, Any]) -> Launched:
     """Train on human pairs by ITC and ITM, from a pretrained model; or take the captioner, if the two share parameters.
 
     Returns:
@@ -58,7 +56,7 @@ def finetune_filter(model: Path, pairs: Path, images: Path, parameters: dict[str
     return _finetune("filter", block, stage, {"start": model, "pairs": pairs, "images": images})
 
 
-def _finetune(name: str, block: dict[str, Any], stage: Stage, inputs: Mapping[str, Path]) -> Trained:
+def _finetune(name: str, block: dict[str, Any], stage: Stage, inputs: Mapping[str, Path]) -> Launched:
     from blip_pipelines.config import read
     from blip_pipelines.data.storage import MANIFEST, read_json
     from blip_pipelines.jobs.med_pretraining import Config
@@ -72,8 +70,7 @@ def _finetune(name: str, block: dict[str, Any], stage: Stage, inputs: Mapping[st
             f"{inputs['pairs']}: no caption of origin {' or '.join(values['origins'])}, from which the {name} learns; "
             f"say which captions you trust (column origin, docs/your-data.md), or set capfilt.{name}.origins"
         )
-    done = launched(FINETUNE, Stage(read(Config, values, f"capfilt.{name}"), values, stage.launch), inputs, f"{name}.")
-    return done.receipt, done.history, done.record
+    return launched(FINETUNE, Stage(read(Config, values, f"capfilt.{name}"), values, stage.launch), inputs, f"{name}.")
 
 
 def _shared(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +81,7 @@ def _shared(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_captions(
-    captioner: Path, pairs: Path, images: Path, parameters: dict[str, Any], *, number: int = 1
+    captioner: Path, pairs: Path, images: Path, parameters: dict[str, Any], *, number: int
 ) -> tuple[Receipt, dict[str, Any]]:
     """Synthetic captions for the web images of the training split.
 
@@ -119,7 +116,7 @@ def _launched(job: str, name: str, parameters: dict[str, Any], inputs: Mapping[s
 
 
 def compose(
-    pairs: Path, judged: Path, places: dict[str, Path], parameters: dict[str, Any], *, number: int = 1
+    pairs: Path, judged: Path, places: dict[str, Path], parameters: dict[str, Any], *, number: int
 ) -> tuple[Path, Path, dict[str, Any]]:
     """The next corpus by the rule, and what became of every judged caption.
 
@@ -204,7 +201,7 @@ def measure(
     judged: dict[str, Any],
     composed: dict[str, Any],
     *,
-    stage: str = "capfilt",
+    stage: str,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """How right captioner and filter were, where the noise is known, and what the round did to the corpus.
 

@@ -93,7 +93,7 @@ def compare_answers(
     old_record: dict[str, Any],
     *others: dict[str, Any],
     stages: tuple[str, str],
-    others_stages: tuple[str, ...] = (),
+    others_stages: tuple[str, ...],
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
     """Measures of two models that were asked the same, and whether the new one is better than the old.
 

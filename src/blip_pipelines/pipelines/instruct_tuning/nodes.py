@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from blip_pipelines.jobs.receipt import Receipt
-from blip_pipelines.pipelines.launching import launched
+from blip_pipelines.pipelines.launching import Launched, launched
 from blip_pipelines.pipelines.parameters import Stage, read_block
 
 JOB = "blip_pipelines.jobs.instruct_tuning"
@@ -17,9 +16,7 @@ def read_parameters(block: dict[str, Any]) -> Stage:
     return read_block(Config, LaunchConfig, block, "instruct_tuning")
 
 
-def tune(
-    instructions: Path, own_images: Path, images: Path, stage2: Path, parameters: dict[str, Any]
-) -> tuple[Receipt, list[dict[str, float]], dict[str, Any]]:
+def tune(instructions: Path, own_images: Path, images: Path, stage2: Path, parameters: dict[str, Any]) -> Launched:
     """Train on the held-in data sets' `train` split.
 
     Args:
@@ -35,5 +32,4 @@ def tune(
     inputs = {"instructions": instructions, "images": images}
     if stage.config.published is None:
         inputs["start"] = stage2
-    done = launched(JOB, stage, inputs)
-    return done.receipt, done.history, done.record
+    return launched(JOB, stage, inputs)

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from blip_pipelines.jobs.receipt import Receipt
-from blip_pipelines.pipelines.launching import launched
+from blip_pipelines.pipelines.launching import Launched, launched
 from blip_pipelines.pipelines.med_pretraining.nodes import check_seal
 from blip_pipelines.pipelines.parameters import Stage, laid_over, read_block
 
@@ -27,7 +26,7 @@ def pretrain(
     before: Path,
     pretraining: dict[str, Any],
     parameters: dict[str, Any],
-) -> tuple[Receipt, list[dict[str, float]], dict[str, Any]]:
+) -> Launched:
     """Train a new model from the usual start, or go on from the one before.
 
     Args:
@@ -47,5 +46,4 @@ def pretrain(
     if stage.config.continued:
         inputs["start"] = before
     values = {key: value for key, value in stage.values.items() if key != "continued"}
-    done = launched(JOB, Stage(stage.config, values, stage.launch), inputs)
-    return done.receipt, done.history, done.record
+    return launched(JOB, Stage(stage.config, values, stage.launch), inputs)

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from blip_pipelines.jobs.receipt import Receipt
-from blip_pipelines.pipelines.launching import launched
+from blip_pipelines.pipelines.launching import Launched, launched
 from blip_pipelines.pipelines.parameters import Stage, read_block
 
 JOB = "blip_pipelines.jobs.med_pretraining"
@@ -23,7 +22,7 @@ def read_parameters(block: dict[str, Any]) -> Stage:
 
 def pretrain(
     pairs: Path, images: Path, packages: Path, checked: dict[str, str], parameters: dict[str, Any]
-) -> tuple[Receipt, list[dict[str, float]], dict[str, Any]]:
+) -> Launched:
     """Train on the `train` split.
 
     Args:
@@ -39,8 +38,7 @@ def pretrain(
         UncheckedPairsError: the pairs are not those that were checked.
     """
     check_seal(pairs, checked)
-    done = launched(JOB, read_parameters(parameters), {"pairs": pairs, "images": images, "packages": packages})
-    return done.receipt, done.history, done.record
+    return launched(JOB, read_parameters(parameters), {"pairs": pairs, "images": images, "packages": packages})
 
 
 def check_seal(pairs: Path, checked: dict[str, str]) -> None:

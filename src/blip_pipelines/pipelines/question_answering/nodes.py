@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from blip_pipelines.jobs.receipt import Receipt
-from blip_pipelines.pipelines.launching import launched
+from blip_pipelines.pipelines.launching import Launched, launched
 from blip_pipelines.pipelines.parameters import Stage, read_block
 
 JOB = "blip_pipelines.jobs.question_answering"
@@ -19,7 +18,7 @@ def read_parameters(block: dict[str, Any]) -> Stage:
 
 def learn_to_answer(
     instructions: Path, own_images: Path, images: Path, med: Path, parameters: dict[str, Any]
-) -> tuple[Receipt, list[dict[str, float]], dict[str, Any]]:
+) -> Launched:
     """Train on the held-in data sets' `train` split.
 
     Args:
@@ -32,5 +31,4 @@ def learn_to_answer(
         The receipt of the export and the last checkpoint; the curves; the run record.
     """
     inputs = {"instructions": instructions, "images": images, "start": med}
-    done = launched(JOB, read_parameters(parameters), inputs)
-    return done.receipt, done.history, done.record
+    return launched(JOB, read_parameters(parameters), inputs)
