@@ -9,7 +9,7 @@ from blip_pipelines.config import ConfigError
 from blip_pipelines.data.composition import RuleConfig, compose, compose_shard, decide, decide_shard
 from blip_pipelines.data.pairs import Pairs, write_pairs
 from blip_pipelines.data.records import PAIR_SCHEMA
-from blip_pipelines.data.storage import StorageError
+from blip_pipelines.data.storage import StorageError, read_json, sha256_file, write_json
 
 
 def rows(*items, split="train"):
@@ -208,6 +208,18 @@ def test_rows_in_are_rows_kept_and_rows_dropped(judged_set):
     assert corpus.manifest["images"] == "of some images"
     kinds = Counter(zip(decided.column("origin"), decided.column("kept"), strict=True))
     assert kinds == {("web", 1): 2, ("web", 0): 1, ("synthetic", 1): 1, ("synthetic", 0): 2}
+
+
+def test_a_table_without_the_category_column_composes_with_judged_ones_that_have_it(judged_set):
+    names = ["00000.parquet", "00001.parquet"]
+    manifest = read_json(judged_set / "pairs" / "manifest.json")
+    for name, entry in zip(names, manifest["shards"], strict=True):
+        path = judged_set / "pairs" / name
+        pq.write_table(pq.read_table(path).drop_columns(["category"]), path)
+        entry["sha256"] = sha256_file(path)
+    write_json(judged_set / "pairs" / "manifest.json", manifest)
+    compose_in(judged_set)
+    assert Pairs.open(judged_set / "out" / "pairs").table().schema == PAIR_SCHEMA
 
 
 def test_another_threshold_composes_from_the_same_judged_captions(judged_set):

@@ -37,7 +37,13 @@ def test_both_styles_are_listed_with_checksums_and_nothing_is_listed_that_is_not
     source = open_emoji()
     records = [item for item in source.records() if isinstance(item, Record)]
     assert [record.member for record in records] == [entry.member for entry in source.listing()]
-    assert {record.member.split("/")[0] for record in records} == {"twemoji", "openmoji"}
+    assert {(record.member.split("/")[0], record.source) for record in records} == {
+        ("twemoji", "twemoji"),
+        ("openmoji", "openmoji"),
+    }
+    categories = {record.member: record.captions[0].category for record in records}
+    assert categories["twemoji/1f469-1f3fd-200d-1f3a8.png"] == "People & Body"
+    assert categories["openmoji/1f980.png"] == "Food & Drink"
     assert all(record.read().startswith(b"\x89PNG") for record in records)
     assert emoji_key("openmoji/1f44b-1f3fd.png") == "1f44b-1f3fd"
 

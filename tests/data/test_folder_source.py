@@ -28,18 +28,19 @@ def _read(folder, **options):
 def test_csv_rows_become_records_by_image_and_split(tmp_path):
     _images(tmp_path, "a.png", "deep/b.png")
     (tmp_path / "captions.csv").write_text(
-        "image,caption,origin,split,language\n"
-        'a.png,"a crab, red",human,train,en\n'
-        "./a.png,crab,,train,\n"
-        "deep/b.png,a house,,test,\n",
+        "image,caption,origin,split,language,category\n"
+        'a.png,"a crab, red",human,train,en, sea  animals \n'
+        "./a.png,crab,,train,,\n"
+        "deep/b.png,a house,,test,,7\n",
         "utf-8",
     )
     kept, refused = _read(tmp_path)
     assert not refused
-    assert [(c.text, c.origin, c.language) for c in kept["a.png", "train"]] == [
-        ("a crab, red", "human", "en"),
-        ("crab", "web", None),
+    assert [(c.text, c.origin, c.language, c.category) for c in kept["a.png", "train"]] == [
+        ("a crab, red", "human", "en", "sea animals"),
+        ("crab", "web", None, None),
     ]
+    assert kept["deep/b.png", "test"][0].category == "7"
     assert kept["deep/b.png", "test"][0].text == "a house"
 
 
@@ -128,6 +129,18 @@ def test_each_bad_json_line_is_lost_alone(tmp_path):
     assert kept["b.png", "val"][0].language == "de"
     reasons = [reason for _, reason in refused]
     assert sorted(reasons) == ["bad_json"] * 2 + ["bad_row"] * 3 + ["invalid_utf8"] * 2
+
+
+def test_a_category_may_be_a_number_and_one_that_is_no_word_costs_no_row(tmp_path):
+    _images(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    values = [7, ["animals"], "\ud800", None]
+    lines = [
+        {"image": f"{name}.png", "caption": "x", "kind": value} for name, value in zip("abcd", values, strict=True)
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    kept, refused = _read(tmp_path, captions="captions.jsonl", columns={"category": "kind"})
+    assert not refused
+    assert [kept[f"{name}.png", None][0].category for name in "abcd"] == ["7", None, None, None]
 
 
 def test_sidecars_give_a_caption_a_line(tmp_path):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_samples import encode, picture
 from PIL import Image
-from source_samples import write_wheels
+from source_samples import EMOJI, write_wheels
 
 from blip_pipelines.data import shard_jobs, storage
 from blip_pipelines.data.gathered import IngestionError
@@ -23,6 +23,7 @@ from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.records import Caption, Record
 from blip_pipelines.data.shards import verify
 from blip_pipelines.data.sources import Entry, SourceConfig, open_source
+from blip_pipelines.data.sources.emoji import STYLES
 from blip_pipelines.data.splits import SplitConfig
 
 FOLDER = SourceConfig("folder")
@@ -296,6 +297,8 @@ def test_the_embedded_default_ingests_with_its_truth_beside_it(tmp_path, monkeyp
     web = {(row["key"], row["member"], row["caption"]) for row in rows if row["origin"] == "web"}
     assert {(row["key"], row["member"], row["caption"]) for row in truth} == web
     assert counts["quarantined"]["undrawn_tone"] == 5
+    assert {(row["source"], row["member"].split("/")[0]) for row in rows} == {(name, name) for name in STYLES}
+    assert {row["category"] for row in rows} == {category for _, category, _ in EMOJI.values()} - {"Component"}
     splits = {}
     for row in rows:
         splits.setdefault(row["key"], set()).add(row["split"])

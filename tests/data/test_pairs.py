@@ -2,6 +2,7 @@ import pickle
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_samples import caption, open_data_set, picture, write_data_set
 
@@ -187,3 +188,25 @@ def test_texts_are_gathered_from_shards_of_every_size(tmp_path):
     write_pairs(tmp_path, shards, "no images")
     assert Pairs.open(tmp_path).column("caption").tolist() == texts
     assert Pairs.open(tmp_path).captions(np.array([3, 1])) == ["b", "🦀 سلطعون"]
+
+
+def test_a_table_that_is_older_than_a_nullable_column_opens_with_nulls_in_it(tmp_path):
+    open_data_set(tmp_path, [3, 2])
+    manifest = storage.read_json(tmp_path / "pairs" / "manifest.json")
+    for entry in manifest["shards"]:
+        path = tmp_path / "pairs" / entry["name"]
+        pq.write_table(pq.read_table(path).drop_columns(["category"]), path)
+        entry["sha256"] = storage.sha256_file(path)
+    storage.write_json(tmp_path / "pairs" / "manifest.json", manifest)
+    pairs = Pairs.open(tmp_path / "pairs")
+    assert pairs.table().schema == PAIR_SCHEMA and pairs.table()["category"].null_count == 5
+    assert pairs.column("category").tolist() == [None] * 5
+    assert pairs.values("category", np.array([4, 0])) == [None, None]
+    assert len(pairs.where(category="animals")) == 0
+
+    path = tmp_path / "pairs" / manifest["shards"][0]["name"]
+    pq.write_table(pq.read_table(path).drop_columns(["source"]), path)  # which may not be null
+    manifest["shards"][0]["sha256"] = storage.sha256_file(path)
+    storage.write_json(tmp_path / "pairs" / "manifest.json", manifest)
+    with pytest.raises(StorageError, match="of schema"):
+        Pairs.open(tmp_path / "pairs")

@@ -128,7 +128,8 @@ def test_a_tar_that_breaks_off_costs_the_rest_of_itself(tmp_path):
 
 def test_texts_of_tars_may_be_in_json_members_and_bad_ones_cost_themselves(tmp_path):
     (tmp_path / "source").mkdir()
-    texts = [b'{"text": "a red crab", "lang": "en"}', b'{"text": 7}', b"{", b'{"other": "x"}', b'{"text": "\\ud800"}']
+    good = b'{"text": "a red crab", "lang": "en", "category": "animals"}'
+    texts = [good, b'{"text": 7}', b"{", b'{"other": "x"}', b'{"text": "\\ud800"}']
     with tarfile.open(tmp_path / "source" / "a.tar", "w") as tar:
         for number, text in enumerate(texts):
             add(tar, f"deep/{number}.json", text)
@@ -137,6 +138,7 @@ def test_texts_of_tars_may_be_in_json_members_and_bad_ones_cost_themselves(tmp_p
     take_in(tmp_path / "source", "tars", options, tmp_path / "out")
     (row,) = rows_of(tmp_path / "out")
     assert (row["member"], row["caption"], row["language"]) == ("a/deep/0.PNG", "a red crab", "en")
+    assert (row["source"], row["category"]) == ("tars", "animals")
     assert refused(tmp_path / "out") == {"bad_row": 1, "bad_json": 1, "no_caption": 1, "invalid_utf8": 1}
 
 
@@ -194,9 +196,9 @@ def test_questions_without_an_answer_are_refused_and_all_answers_may_be_wanted(t
 def test_parquet_rows_without_picture_or_text_are_refused_and_a_wrong_column_is_named(tmp_path):
     (tmp_path / "source").mkdir()
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    schema = pa.schema({"picture": image, "text": pa.string(), "split": pa.string()})
+    schema = pa.schema({"picture": image, "text": pa.string(), "split": pa.string(), "label": pa.int64()})
     rows = [
-        {"picture": {"bytes": jpeg(1), "path": None}, "text": "good", "split": "validation"},
+        {"picture": {"bytes": jpeg(1), "path": None}, "text": "good", "split": "validation", "label": 3},
         {"picture": {"bytes": None, "path": "/elsewhere/1.jpg"}, "text": "only a path", "split": "train"},
         {"picture": {"bytes": b"no picture", "path": None}, "text": "bytes of something else", "split": "train"},
         {"picture": None, "text": "nothing", "split": "train"},
@@ -204,10 +206,15 @@ def test_parquet_rows_without_picture_or_text_are_refused_and_a_wrong_column_is_
         {"picture": {"bytes": jpeg(3), "path": None}, "text": "odd split", "split": "other"},
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "source" / "part.parquet")
-    take_in(tmp_path / "source", "parquet", {"columns": {"image": "picture", "caption": "text"}}, tmp_path / "out")
-    assert [(row["caption"], row["split"]) for row in rows_of(tmp_path / "out")] == [("good", "val")]
+    columns = {"image": "picture", "caption": "text", "category": "label"}
+    take_in(tmp_path / "source", "parquet", {"columns": columns}, tmp_path / "out")
+    assert [(row["caption"], row["split"], row["category"]) for row in rows_of(tmp_path / "out")] == [
+        ("good", "val", "3")
+    ]
     assert refused(tmp_path / "out") == {"missing_image": 2, "not_an_image": 1, "no_caption": 1, "bad_split": 1}
-    with pytest.raises(SourceError, match=r"no column 'image' among picture, text, split; name it in .*columns.image"):
+    with pytest.raises(
+        SourceError, match=r"no column 'image' among picture, text, split, label; name it in .*columns.image"
+    ):
         take_in(tmp_path / "source", "parquet", {}, tmp_path / "other")
 
 

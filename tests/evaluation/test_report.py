@@ -288,6 +288,21 @@ def test_thumbnail_is_small_and_shows_transparency_as_white():
         thumbnail(b"not a picture")
 
 
+def test_slices_show_means_intervals_and_counts_and_only_where_they_tell_samples_apart(tmp_path, evidence):
+    path = tmp_path / "pairs" / "00000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for number, row in enumerate(rows):
+        row |= {"category": "animals" if number % 3 else None}
+    pq.write_table(pa.Table.from_pylist(rows, PAIR_SCHEMA), path)
+    text = written(tmp_path, evidence)
+    section = text[text.index('id="slices"') : text.index('id="samples"')]
+    shown = [re.sub(r"<[^>]+>", "|", row).strip("|") for row in re.findall(r"<tr>(.*?)</tr>", section)]
+    cells = {row.split("|")[0]: [cell for cell in row.split("|") if cell] for row in shown}
+    assert [name for name in cells if name in ("animals", "no category", "drawn")] == ["animals", "no category"]
+    assert cells["animals"][1:4] == ["10.000", "10.000 to 10.000", "4"] and cells["no category"][3] == "2"
+    assert cells["animals"][-1] == "4" and cells["animals"][-3] == "100.0 %"
+
+
 def write_predictions(folder: Path, test: list[dict]) -> None:
     """Predictions of a perfect retriever and captioner over the rows `test`."""
     folder.mkdir()

@@ -19,7 +19,9 @@ DRAWS = 10_000
 @click.command()
 @click.argument("new")
 @click.argument("old")
-@click.option("--by", type=click.Choice(["subset", "source", "length"]), default="subset", show_default=True)
+@click.option(
+    "--by", type=click.Choice(["subset", "source", "category", "length"]), default="subset", show_default=True
+)
 @env_option
 def compare(new: str, old: str, by: str, env: str) -> None:
     """Compare NEW with OLD (each models:/NAME@ALIAS or models:/NAME/VERSION), sample by sample.
@@ -57,17 +59,10 @@ def _scores(store: Any, version: Any, into: Path) -> "Scores":
 
 
 def _sliced(scores: "Scores", by: str, env: str) -> "Scores":
-    import pyarrow.parquet as pq
-
-    from blip_pipelines.data.storage import MANIFEST, read_json
-    from blip_pipelines.evaluation.slices import sliced
+    from blip_pipelines.evaluation.slices import rows_of, sliced
 
     pairs = project_root() / configuration(env)["globals"]["data"] / "03_primary" / "pairs"
-    names = [entry["name"] for entry in read_json(pairs / MANIFEST)["shards"]]
-    rows = (
-        row for name in names for row in pq.read_table(pairs / name, columns=["key", "caption", "source"]).to_pylist()
-    )
-    return sliced(scores, by, rows)
+    return sliced(scores, by, rows_of(scores, pairs))
 
 
 def _differences(new: "Scores", old: "Scores", by: str) -> Iterator[str]:

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.pairs import Pairs, write_pairs
 from blip_pipelines.data.records import PAIR_SCHEMA
 from blip_pipelines.data.storage import StorageError
+from blip_pipelines.data.tables import read_shard
 
 REPEATS = "repeats a kept caption of its image"  # the reason of a caption that is dropped though it passed
 
@@ -120,10 +120,10 @@ def compose(
     counts: Counter[str] = Counter()
 
     def decide_named(name: str) -> pa.Table:
-        return decide_shard(pq.read_table(pairs / name), pq.read_table(judged / name), rule, round_number)
+        return decide_shard(_rows(pairs / name), _rows(judged / name), rule, round_number)
 
     def compose_named(name: str) -> pa.Table:
-        table, found = pq.read_table(pairs / name), pq.read_table(decided / name)
+        table, found = _rows(pairs / name), _rows(decided / name)
         counts.update(_counts(table, found))
         return compose_shard(table, found)
 
@@ -182,6 +182,10 @@ def fill(table: pa.Table, **columns: Any) -> pa.Table:
         column = PAIR_SCHEMA.field(name)
         table = table.set_column(PAIR_SCHEMA.get_field_index(name), column, pa.array(values, column.type))
     return table
+
+
+def _rows(path: Path) -> pa.Table:
+    return read_shard(path, PAIR_SCHEMA)
 
 
 def _is_judged(table: pa.Table) -> pa.ChunkedArray:

@@ -173,7 +173,8 @@ class Gathered:
         )  # fmt: skip
         belongs = declared or splits.by_image(key, self.config.splits, self.config.seed)
         place = {name: stored[name] for name in ("key", "shard", "offset", "size", "width", "height")}
-        place |= {"member": first.member, "related_key": first.records[0].related_key, "source": self.source}
+        named = first.records[0]
+        place |= {"member": first.member, "related_key": named.related_key, "source": named.source}
         for record in unit.records:
             split = record.split or belongs
             subset = None if split == "train" else record.subset or "all"
@@ -188,8 +189,8 @@ class Gathered:
                     self.quarantine.add(Quarantined(record.member, error.reason, str(error)))
                     continue
                 texts.add((key, text.lower()))
-                said = {"caption": text, "origin": caption.origin, "language": caption.language}
-                rows.append({**place, **said, "split": split, "subset": subset})
+                said = {name: getattr(caption, name) for name in ("origin", "language", "category")}
+                rows.append({**place, **said, "caption": text, "split": split, "subset": subset})
                 if (known := self._truth.get(record.member)) is not None:
                     self.noise.append({**known, "key": key, "member": first.member, "caption": text})
 

@@ -18,7 +18,7 @@ from blip_pipelines.data import storage
 from blip_pipelines.data.near_duplicates import find_alike, id_of
 from blip_pipelines.data.storage import MANIFEST
 
-_CAPTION = pa.struct({"text": pa.string(), "origin": pa.string(), "language": pa.string()})
+_CAPTION = pa.struct({name: pa.string() for name in ("text", "origin", "language", "category")})
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string()),  # null where the image was refused

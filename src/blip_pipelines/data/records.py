@@ -18,6 +18,7 @@ PAIR_SCHEMA = pa.schema(
         pa.field("origin", pa.string(), nullable=False),  # human | web | synthetic
         pa.field("source", pa.string(), nullable=False),
         pa.field("language", pa.string()),
+        pa.field("category", pa.string()),  # of what is shown, where the source says it
         pa.field("split", pa.string(), nullable=False),  # train | val | test
         pa.field("subset", pa.string()),  # of an evaluation split
         pa.field("related_key", pa.string()),  # declared relatives: variants of one concept
@@ -56,6 +57,7 @@ class Caption:
     text: str
     origin: str = "web"
     language: str | None = None
+    category: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from blip_pipelines.data.sources import Archive, Quarantined
 
 log = logging.getLogger(__name__)
 
-_LAYOUT = 2  # of what decides a shard's bytes and its index; a change writes all of them anew
+_LAYOUT = 3  # of what decides a shard's bytes and its index; a change writes all of them anew
 
 
 class WorkerDiedError(RuntimeError):

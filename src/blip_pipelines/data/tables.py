@@ -53,6 +53,19 @@ def write_table(
     return storage.content_hash(folder)
 
 
+def read_shard(path: Path, schema: pa.Schema, names: Iterable[str] | None = None) -> pa.Table:
+    """Columns of a table shard, all of `schema` by default; one that is younger than the table holds nulls.
+
+    Shards are many and small: reading ahead and threads would cost more than they bring.
+    """
+    file = pq.ParquetFile(path, pre_buffer=False)
+    fields = [schema.field(name) for name in dict.fromkeys(schema.names if names is None else names)]
+    there, rows = set(file.schema_arrow.names), file.metadata.num_rows
+    found = file.read([field.name for field in fields if field.name in there], use_threads=False)
+    columns = [found[field.name] if field.name in there else pa.nulls(rows, field.type) for field in fields]
+    return pa.table(columns, schema=pa.schema(fields))
+
+
 class ImageRows:
     """A view of a table: all its rows, or those that a `select` chose, in the table's order.
 
@@ -120,7 +133,8 @@ class ImageRows:
 
     def table(self) -> pa.Table:
         """The rows of this view with all their columns, read now."""
-        return pa.concat_tables(pq.read_table(path) for path in self._table.paths).take(pa.array(self._rows))
+        whole = pa.concat_tables(read_shard(path, self.SCHEMA) for path in self._table.paths)
+        return whole.take(pa.array(self._rows))
 
     @cached_property
     def shard_rows(self) -> tuple[int, ...]:
@@ -291,7 +305,7 @@ class Table:
             yield call(pa.table({name: self._columns[name] for name in names}))
             return
         rows = int(self.shard_ends[-1]) if self.paths else 0
-        yield from _each(lambda path: call(_read(path, names)), self.paths, rows)
+        yield from _each(lambda path: call(read_shard(path, self.schema, names)), self.paths, rows)
 
     def values(self, name: str, rows: np.ndarray) -> list[Any]:
         """One column of some rows, as plain values."""
@@ -327,7 +341,7 @@ class Table:
         try:
             if _stamp(path) != self._stamps[path]:
                 raise StorageError(f"{path}: changed since it was opened; end what writes it and start again")
-            return _read(path, names)
+            return read_shard(path, self.schema, names)
         except FileNotFoundError as error:
             raise StorageError(f"{path}: table shard is missing; {_REMEDY}") from error
 
@@ -386,11 +400,6 @@ def _each(call: Callable[[Path], Any], paths: Sequence[Path], rows: int) -> Iter
             yield from pool.map(call, paths[first : first + _AT_ONCE])
 
 
-def _read(path: Path, names: Iterable[str]) -> pa.Table:
-    """Some columns of a shard. Shards are many and small: reading ahead and threads would cost more than they bring."""
-    return pq.ParquetFile(path, pre_buffer=False).read(list(dict.fromkeys(names)), use_threads=False)
-
-
 def _stamp(path: Path) -> tuple[int, ...]:
     """What is no longer the same when a file was written anew."""
     about = path.stat()
@@ -410,10 +419,16 @@ def _verify(path: Path, entry: Mapping[str, Any]) -> tuple[int, ...]:
 def _check_schema(path: Path, entry: Mapping[str, Any], wanted: pa.Schema) -> None:
     file = pq.ParquetFile(path)
     schema, rows = file.schema_arrow, file.metadata.num_rows
-    if not schema.equals(wanted) or rows != entry["rows"]:
+    if not _fits(schema, wanted) or rows != entry["rows"]:
         raise StorageError(
             f"{path}: {rows} rows of schema\n{schema}\nwhere {entry['rows']} rows are wanted, of schema\n{wanted}"
         )
+
+
+def _fits(schema: pa.Schema, wanted: pa.Schema) -> bool:
+    """Whether these are the columns wanted, but for nullable ones that are younger than the table."""
+    there = set(schema.names)
+    return schema.equals(pa.schema([field for field in wanted if field.name in there or not field.nullable]))
 
 
 def _check_rows(table: pa.Table, schema: pa.Schema, path: Path) -> None:

@@ -1,7 +1,7 @@
 """The page a run ends with.
 
 One section, one function; a section that has nothing to show says so in a line. Everything on the page comes from
-files and records that the stages left: the report computes no metric of its own.
+files and records that the stages left: the report computes no metric of its own but the means over slices.
 """
 
 import os
@@ -43,6 +43,7 @@ from blip_pipelines.evaluation.page import (
 )
 from blip_pipelines.evaluation.questions import questions
 from blip_pipelines.evaluation.registered import models, outcome
+from blip_pipelines.evaluation.slice_tables import slice_tables
 
 SUBSETS = {
     "combo": "an unseen combination of seen parts",
@@ -208,6 +209,7 @@ def credit_list(evidence: Evidence) -> Html:
 
 SECTIONS: tuple[tuple[str, str, Callable[[Evidence], Html]], ...] = (
     ("measures", "How good it is", measures),
+    ("slices", "By source, category and length", slice_tables),
     ("samples", "What it learnt from", samples),
     ("quarantine", "What ingestion refused", refused),
     ("contracts", "Data contracts", contract_results),

@@ -136,12 +136,15 @@ class EmojiSource:
     def records(self) -> Iterator[Record | Quarantined]:
         for member, style, emoji in self._drawings_to_use():
             split, subset = self._splits[member]
-            caption = Caption(self._web[member][1]) if member in self._web else Caption(emoji.caption, "human", "en")
+            if member in self._web:
+                caption = Caption(self._web[member][1], category=emoji.category)
+            else:
+                caption = Caption(emoji.caption, "human", "en", emoji.category)
             yield Record(
                 member=member,
                 read=self._reader(style, emoji.key),
                 captions=(caption,),
-                source=self.name,
+                source=style,
                 split=split,
                 subset=subset,
                 related_key=self._relatives[emoji.concept],

@@ -130,5 +130,11 @@ def is_utf8(text: str) -> bool:
     return True
 
 
+def category_of(value: object) -> str | None:
+    """What a column says of the category: a text or a number; None where it says nothing of that kind."""
+    text = " ".join(str(value).split()) if isinstance(value, str | int) else ""
+    return text if text and is_utf8(text) else None
+
+
 def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()

@@ -24,6 +24,7 @@ from blip_pipelines.data.sources.files import (
     SPLITS,
     FileSource,
     Row,
+    category_of,
     check_choice,
     check_columns,
     is_utf8,
@@ -32,7 +33,7 @@ from blip_pipelines.data.sources.files import (
 
 SIDECAR = "sidecar"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
-_FIELDS = ("image", "caption", "origin", "split", "language")
+_FIELDS = ("image", "caption", "origin", "split", "language", "category")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class FolderConfig:
     """Where the texts are.
 
     Args:
-        captions: a csv or jsonl file in the folder with the fields image and caption and, where known, origin, split
-            and language; or "sidecar": beside `a/b.jpg` lies `a/b.txt`, one caption a line.
+        captions: a csv or jsonl file in the folder with the fields image and caption and, where known, origin, split,
+            language and category; or "sidecar": beside `a/b.jpg` lies `a/b.txt`, one caption a line.
         columns: the file's own names for those fields, where they differ: `{caption: alt_text}`.
         origin: of captions that do not say it themselves.
         name: what the table's column `source` says.
@@ -158,6 +159,7 @@ class FolderSource(FileSource):
 
     def _row(self, where: str, values: dict[str, object]) -> Row | Quarantined:
         found = {name: values.get(self._column(name)) for name in _FIELDS}
+        found["category"] = category = category_of(found["category"])
         member = found["image"] if isinstance(found["image"], str) and found["image"].strip() else where
         for name, value in found.items():
             if value is not None and not isinstance(value, str):
@@ -175,8 +177,8 @@ class FolderSource(FileSource):
             return Quarantined(member, "bad_origin", f"{where}: {texts['origin']!r} is not one of {', '.join(ORIGINS)}")
         if texts["split"] not in ("", *SPLITS):
             return Quarantined(member, "bad_split", f"{where}: {texts['split']!r} is not one of {', '.join(SPLITS)}")
-        caption = Caption(str(found["caption"]), texts["origin"] or self.config.origin, texts["language"] or None)
-        return Row(texts["image"], caption, texts["split"] or None)
+        said = texts["origin"] or self.config.origin, texts["language"] or None, category
+        return Row(texts["image"], Caption(str(found["caption"]), *said), texts["split"] or None)
 
 
 def _suffix(name: str) -> str:

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from blip_pipelines.data.places import Place
 from blip_pipelines.data.records import Caption, Record, Refused
 from blip_pipelines.data.sources import Quarantined, SourceError
-from blip_pipelines.data.sources.files import ORIGINS, SPLITS, check_choice, check_columns, check_place
+from blip_pipelines.data.sources.files import ORIGINS, SPLITS, category_of, check_choice, check_columns, check_place
 
-_FIELDS = ("image", "caption", "split", "language")
+_FIELDS = ("image", "caption", "split", "language", "category")
 _SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val"}
 _SPLITS |= {"test": "test"}
 _ROWS = 32  # images in memory at once
@@ -30,8 +30,8 @@ class ParquetConfig:
     """What the columns mean.
 
     Args:
-        columns: names of the fields image, caption, split and language, where they differ; `caption` may hold a text
-            or a list of them, one caption each.
+        columns: names of the fields image, caption, split, language and category, where they differ; `caption` may
+            hold a text or a list of them, one caption each.
         split: of all images; None takes the column, else the name of the file or of its folder (train, validation or
             val, test), else leaves the choice to ingestion.
         origin: of all captions.
@@ -129,7 +129,8 @@ class ParquetArchive:
             if not isinstance(text, str):
                 yield Quarantined(member, "bad_row", f"a caption is {text!r:.80}, not a text")
         if texts:
-            said = tuple(Caption(text, self.config.origin, language) for text in texts)
+            category = category_of(row["category"])
+            said = tuple(Caption(text, self.config.origin, language, category) for text in texts)
             yield Record(member, partial(_content, row["image"]), said, self.config.name, split)
 
 

@@ -23,6 +23,7 @@ from blip_pipelines.data.sources import Quarantined, SourceError
 from blip_pipelines.data.sources.files import (
     ORIGINS,
     SPLITS,
+    category_of,
     check_choice,
     check_columns,
     check_place,
@@ -32,7 +33,7 @@ from blip_pipelines.data.sources.files import (
 )
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
-_FIELDS = ("caption", "language")
+_FIELDS = ("caption", "language", "category")
 _Member = tuple[str, int, int]  # name, offset, size
 
 
@@ -42,7 +43,7 @@ class TarsConfig:
 
     Args:
         captions: "parquet" beside each tar, or "txt" or "json" members within it; "auto" takes the first there is.
-        columns: names of the fields caption and language in the parquet or json, where they differ.
+        columns: names of the fields caption, language and category in the parquet or json, where they differ.
         split: of all images; None leaves the choice to ingestion.
         origin: of all captions.
         name: what the table's column `source` says.
@@ -173,8 +174,10 @@ class TarArchive:
             return "bad_row", f"the caption is {text!r:.80}, not a text"
         if not is_utf8(text):
             return "invalid_utf8", "the caption holds bytes that are no UTF-8"
-        language = row.get(self.config.column("language")) if isinstance(row, dict) else None
-        return Caption(text, self.config.origin, language if isinstance(language, str) and language else None)
+        said = row if isinstance(row, dict) else {}
+        language, category = (said.get(self.config.column(name)) for name in ("language", "category"))
+        language = language if isinstance(language, str) and language else None
+        return Caption(text, self.config.origin, language, category_of(category))
 
 
 def _samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, _Member]]]:
