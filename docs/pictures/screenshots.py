@@ -18,9 +18,10 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+SHOWN = "twemoji"  # source of the pictures, whose licence (CC-BY) asks for no more than its credit
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 ASKED = (
-    "picture={picture}&caption=&answer=what%20is%20this%3F&judge=a%20woman%20tipping%20a%20hand%20with%20dark%20skin%20tone"
+    "picture={picture}&caption=&answer=What%20is%20the%20skin%20tone%3F&judge=a%20woman%20tipping%20a%20hand%20with%20dark%20skin%20tone"
     "&search=a%20handshake%20with%20medium%20and%20light%20skin%20tones"
 )
 
@@ -28,7 +29,7 @@ ASKED = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=5099)
-    parser.add_argument("--picture", type=int, default=1, help="which of the first held-out pictures the page shows")
+    parser.add_argument("--picture", type=int, default=7, help="which of the first held-out pictures the page shows")
     parser.add_argument("--model", default="models:/blip-captioner@champion", help="whose lineage is drawn")
     options = parser.parse_args()
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -52,7 +53,7 @@ def main() -> None:
         page = Path(folder) / "lineage.html"
         subprocess.run([kedro, "lineage", options.model, "--page", page], cwd=ROOT, check=True, capture_output=True)
         shoot("lineage.png", page.as_uri(), 760, 700)
-    server = subprocess.Popen([kedro, "serve", "--port", str(options.port)], cwd=ROOT)
+    server = subprocess.Popen([kedro, "serve", "--port", str(options.port), "--source", SHOWN], cwd=ROOT)
     try:
         address = f"http://127.0.0.1:{options.port}/"
         wait_for(f"{address}api/models", server)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--running", default=1, show_default=True, help="Requests that a model answers at a time.")
 @click.option("--waiting", default=64, show_default=True, help="Requests that wait; one more gets 503 and Retry-After.")
 @click.option("--body-bytes", default=32_000_000, show_default=True, help="Of a request; a larger one gets 413.")
+@click.option("--source", "sources", multiple=True, help="Of the pictures that the page shows; may repeat. Else all.")
 @click.option("--open", "in_browser", is_flag=True, help="Open the page in the browser of this desktop.")
 @env_option
 def serve(
@@ -34,6 +35,7 @@ def serve(
     running: int,
     waiting: int,
     body_bytes: int,
+    sources: tuple[str, ...],
     in_browser: bool,
     env: str,
 ) -> None:
@@ -62,7 +64,7 @@ def serve(
         retriever = next((loaded[model.name].model.predict for model in models if model.does == "retrieve"), None)
         scoring = {name: each.scoring for name, each in loaded.items()}
         limits = LimitsConfig(running=running, waiting=waiting, body_bytes=body_bytes)
-        app = make_app(models, scoring, _gallery(env, retriever), limits)
+        app = make_app(models, scoring, _gallery(env, retriever, sources), limits)
     for model in models:
         click.echo(
             f"models:/{model.name}/{model.version} (@{model.alias})  http://{host}:{port}/models/{model.name}/invocations"
@@ -73,10 +75,10 @@ def serve(
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_keep_alive=20)
 
 
-def _gallery(env: str, ask: Any) -> "Gallery | None":
+def _gallery(env: str, ask: Any, sources: tuple[str, ...]) -> "Gallery | None":
     """The evaluation pictures of the project, where there are some."""
     from blip_pipelines.inference.gallery import Gallery
 
     data = project_root() / configuration(env)["globals"]["data"]
     pairs, images = data / "03_primary" / "pairs", data / "02_intermediate" / "images"
-    return Gallery(pairs, images, ask) if pairs.is_dir() and images.is_dir() else None
+    return Gallery(pairs, images, ask, sources=sources) if pairs.is_dir() and images.is_dir() else None

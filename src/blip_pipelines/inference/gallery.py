@@ -26,11 +26,20 @@ class Gallery:
 
     Args:
         ask: the retriever.
+        sources: whose pictures are shown; of all where none is named.
         most: pictures; of more, so many drawn with a fixed seed.
     """
 
-    def __init__(self, pairs: Path, images: Path, ask: Ask | None, split: str = "test", most: int = 1500):
-        self.rows, self.ask = Pairs.open(pairs, images).select(split=split), ask
+    def __init__(
+        self,
+        pairs: Path,
+        images: Path,
+        ask: Ask | None,
+        split: str = "test",
+        most: int = 1500,
+        sources: Sequence[str] = (),
+    ):
+        self.rows, self.ask = Pairs.open(pairs, images).where(split=split, source=sources or None), ask
         chosen = self.rows.unique_images()
         if len(chosen) > most:
             chosen = np.sort(np.random.default_rng(0).choice(chosen, most, replace=False))
