@@ -8,9 +8,10 @@ import pytest
 import torch
 from blip2_job_samples import export_stage1, export_stage2
 from data_samples import picture
-from inference_samples import export_tiny_answering, export_tiny_med, random_stem
+from inference_samples import export_tiny_answering, export_tiny_med
 from instruct_samples import export_tuned
 from mlflow.exceptions import MlflowException
+from model_samples import random_stem
 
 from blip_pipelines.data.images import decode
 from blip_pipelines.data.storage import StorageError
@@ -18,9 +19,9 @@ from blip_pipelines.data.transforms import to_pixels
 from blip_pipelines.inference.answering import AnswerConfig, Answerer
 from blip_pipelines.inference.generation import GenerationConfig
 from blip_pipelines.inference.language_decoder import write_captions
-from blip_pipelines.inference.served import SERVED, Captioner, Retriever
+from blip_pipelines.inference.served import SERVED, Captioner, CaptionWriter, Retriever
 from blip_pipelines.inference.served_blip2 import Blip2Captioner
-from blip_pipelines.inference.served_instructblip import Instructed
+from blip_pipelines.inference.served_instructblip import Answering, Instructed
 from blip_pipelines.inference.served_vqa import Questioned
 from blip_pipelines.models.blip2_exports import load_blip2
 from blip_pipelines.models.exports import load_med
@@ -320,3 +321,9 @@ def test_requests_in_json_are_answered_as_the_scoring_server_does(logged):
         refused = client.post("/invocations", json={"dataframe_records": [{"image": "?", "instruction": "a"}]})
         assert refused.status_code == 400
         assert "row 0, image" in json.dumps(refused.json())
+
+
+@pytest.mark.parametrize("kind", [CaptionWriter, Answering])
+def test_a_model_that_leaves_out_what_its_kind_asks_for_cannot_be_made(kind):
+    with pytest.raises(TypeError, match="abstract"):
+        type("Incomplete", (kind,), {})()

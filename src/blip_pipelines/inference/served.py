@@ -12,6 +12,7 @@ import base64
 import binascii
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,7 +85,7 @@ class _MedModel(PythonModel):
         return scoring.encode_images(self.med, (self.stem(batch) if self.stem else batch for batch in batches))
 
 
-class CaptionWriter(PythonModel):
+class CaptionWriter(PythonModel, ABC):
     """One caption per row.
 
     Row: `image`, and optionally `prompt`. Parameters: `strategy` (beam, nucleus, greedy), `num_beams`, `top_p`,
@@ -121,6 +122,7 @@ class CaptionWriter(PythonModel):
             raise MlflowException.invalid_parameter_value(str(error)) from error
         return captions.texts, captions.log_probability.tolist()
 
+    @abstractmethod
     def write(
         self,
         contents: list[bytes],
@@ -135,7 +137,6 @@ class CaptionWriter(PythonModel):
         Raises:
             ValueError: the prompt or the length leaves no room.
         """
-        raise NotImplementedError
 
 
 class Captioner(_MedModel, CaptionWriter):

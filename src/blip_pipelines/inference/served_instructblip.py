@@ -1,5 +1,6 @@
 """Models that answer as people are served them: a picture and an instruction in, an answer out."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ MAX_TOKENS = 256
 MAX_CANDIDATES = 2_000
 
 
-class Answering(PythonModel):
+class Answering(PythonModel, ABC):
     """One answer per row.
 
     Row: `image`, `instruction`, and optionally `candidates`, of which the answer is then the likeliest. Returns
@@ -42,17 +43,17 @@ class Answering(PythonModel):
 
     parameters: ParamSchema
 
+    @abstractmethod
     def answerer(self, settings: dict[str, Any]) -> Answerer | MedAnswerer:
         """What answers by values of `parameters`.
 
         Raises:
             ConfigError: they cannot be.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def see(self, contents: list[bytes], rows: Sequence[int]) -> Tensor:
         """(B, ...) encoded files as the answerer reads them; `rows` number them in messages."""
-        raise NotImplementedError
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         answerer = self._answerer({**defaults_of(self.parameters), **(params or {})})
