@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from blip2_samples import tiny_image, tiny_language, tiny_qformer
 from model_samples import tiny_texts
-from objectives_samples import ALONE, part
+from objectives_samples import ALONE, descend
 from tokenizers.processors import TemplateProcessing
-from torch.nn.parallel import DistributedDataParallel
 
 from blip_pipelines.data.loader import Batch
 from blip_pipelines.models.blip2 import Blip2, Blip2Config
@@ -63,35 +62,6 @@ def make_warm_start(world=ALONE, kind: str = "llama") -> ProjectionWarmStart:
 def spoken_batches(task, step: int, accumulation: int, prompt_tokens: int = 0) -> list[Batch]:
     texts = [torch.from_numpy(part) for part in task.blip2.language.tokenizer(SAID, 12)]
     return micro_batches(step, accumulation, prompt_tokens, texts)
-
-
-def descend(task, world, batches_of, steps: int) -> dict[str, Any]:
-    """Plain gradient descent for a few steps; losses global, the rest as this rank has it."""
-    wrapped = task if world.ranks == 1 else DistributedDataParallel(task, forward_sync_buffers=False)
-    losses, gradients = [], []
-    for step in range(steps):
-        hooks(task, "before_step", step)
-        total: dict[str, torch.Tensor] = {}
-        for batch in batches_of(step):
-            shares = wrapped(part(batch, world.rank, world.ranks), step)
-            (shares["loss"] * world.ranks).backward()
-            hooks(task, "after_micro_step")
-            for name, share in shares.items():
-                total[name] = total.get(name, 0) + world.sum(share)
-        trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
-        losses.append(total)
-        gradients.append({name: parameter.grad.clone() for name, parameter in trained.items()})
-        with torch.no_grad():
-            for parameter in trained.values():
-                parameter -= 0.1 * parameter.grad
-                parameter.grad = None
-    return {"losses": losses, "gradients": gradients}
-
-
-def hooks(task, name: str, *arguments) -> None:
-    """As the training loop calls them."""
-    if hook := getattr(task, name, None):
-        hook(*arguments)
 
 
 def train_qformer(world, accumulation: int, prompt_tokens: int) -> dict[str, Any]:

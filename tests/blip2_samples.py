@@ -144,3 +144,17 @@ def tiny_language(kind: str, seed: int = 0, **settings):
     from blip_pipelines.models.language import LanguageModel
 
     return LanguageModel(language_stock(kind, seed), spoken_tokenizer(), **settings)
+
+
+def assert_equal_scores(former: QFormer, stock, pixels: torch.Tensor, image_BND: torch.Tensor, texts) -> None:
+    """ITC and ITM of the same images and texts by a Q-Former and by the stock class."""
+    ids, mask = texts
+    with torch.no_grad():
+        image = former.project_image(image_BND)
+        image_BQE = former.image_features(former.encode_queries(image)[0])
+        text_BE = former.text_features(ids, mask)
+        similarity = torch.einsum("iqe,te->iqt", image_BQE, text_BE).amax(1)
+        expected = stock(pixels, ids, mask.long()).logits_per_image
+        torch.testing.assert_close(similarity, expected, atol=1e-5, rtol=0)
+        matched = stock(pixels, ids, mask.long(), use_image_text_matching_head=True).logits_per_image
+        torch.testing.assert_close(former.match_logits(ids, mask, image), matched, atol=1e-5, rtol=0)

@@ -8,11 +8,12 @@ from data_samples import WORDS, tokenizer_json
 from model_samples import tiny_config
 
 from blip_pipelines.data.tokens import prune_vocabulary
+from blip_pipelines.inference.served import SERVED
 from blip_pipelines.jobs import score_pairs
 from blip_pipelines.models.exports import export_med
 from blip_pipelines.models.med import Med
 from blip_pipelines.models.question_answering import KIND, QuestionAnswering
-from blip_pipelines.models.stem import Stem, convolutions
+from blip_pipelines.models.stem import Stem
 
 
 def export_tiny_med(folder: Path, stem: Stem | None = None, image_size: int = 8) -> Path:
@@ -41,15 +42,18 @@ def export_tiny_answering(folder: Path, stem: Stem | None = None, image_size: in
     return folder
 
 
-def random_stem() -> Stem:
-    """The frozen stem's network with random weights that keep the size of what passes through."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for layer in convolutions():
-        fan_in = layer.shape[1] * layer.shape[2] * layer.shape[3]
-        weights[f"{layer.name}.weight"] = torch.randn(layer.shape, generator=generator) * (2 / fan_in) ** 0.5
-        weights[f"{layer.name}.bias"] = torch.zeros(layer.shape[0])
-    return Stem(weights)
+def save_served(name: str, model: Path, folder: Path) -> Path:
+    """The served model of that name over an exported folder, as MLflow stores it; returns its folder."""
+    import mlflow
+
+    mlflow.pyfunc.save_model(
+        folder,
+        python_model=str(SERVED[name].code),
+        artifacts={"model": str(model)},
+        signature=SERVED[name].signature(),
+        pip_requirements=[],
+    )
+    return folder
 
 
 def score_on_ranks(world, config: dict, inputs: dict[str, Path], work: Path) -> dict:

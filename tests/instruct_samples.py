@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from blip2_objectives_samples import descend, tiny_blip2
+from blip2_objectives_samples import tiny_blip2
 from blip2_samples import language_stock, spoken_tokenizer, stock_blip2_config, tiny_image, tiny_qformer_config
 from data_samples import WORDS, tokenizer_json
+from objectives_samples import descend
 
 from blip_pipelines.data.instruction_loader import InstructionBatch
 from blip_pipelines.data.instruction_tokens import InstructionTokens, TokenLimits

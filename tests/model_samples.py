@@ -3,6 +3,7 @@
 import torch
 
 from blip_pipelines.models.med import Med, MedConfig
+from blip_pipelines.models.stem import Stem, convolutions
 from blip_pipelines.models.text import TextConfig
 from blip_pipelines.models.vision import VisionConfig
 
@@ -25,6 +26,17 @@ def tiny_config(
 
 def tiny_med(seed: int = 0, **config) -> Med:
     return Med(tiny_config(**config), seed).eval()
+
+
+def random_stem() -> Stem:
+    """The frozen stem's network with random weights that keep the size of what passes through."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for layer in convolutions():
+        fan_in = layer.shape[1] * layer.shape[2] * layer.shape[3]
+        weights[f"{layer.name}.weight"] = torch.randn(layer.shape, generator=generator) * (2 / fan_in) ** 0.5
+        weights[f"{layer.name}.bias"] = torch.zeros(layer.shape[0])
+    return Stem(weights)
 
 
 def tiny_texts(lengths: tuple[int, ...] = (7, 4, 5), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Small batches for the MED objective, and a plain training run over them on any number of ranks."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -56,10 +57,53 @@ def make_task(world=ALONE, accumulation: int = 1, weights=(1.0, 0.7, 1.3), **con
     return task.double().train()
 
 
-def train_small(world, steps: int, accumulation: int, prompt_tokens: int, weights, config: dict) -> dict[str, Any]:
-    """Plain gradient descent for a few steps; what happened, losses global, the rest as this rank has it."""
-    task = make_task(world, accumulation, weights, **config)
+def descend(task, world, batches_of, steps: int) -> dict[str, Any]:
+    """Plain gradient descent for a few steps; losses global, the rest as this rank has it."""
     wrapped = task if world.ranks == 1 else DistributedDataParallel(task, forward_sync_buffers=False)
+    losses, gradients = [], []
+    for step in range(steps):
+        hooks(task, "before_step", step)
+        total: dict[str, torch.Tensor] = {}
+        for batch in batches_of(step):
+            shares = wrapped(part(batch, world.rank, world.ranks), step)
+            (shares["loss"] * world.ranks).backward()
+            hooks(task, "after_micro_step")
+            for name, share in shares.items():
+                total[name] = total.get(name, 0) + world.sum(share)
+        trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+        losses.append(total)
+        gradients.append({name: parameter.grad.clone() for name, parameter in trained.items()})
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    return {"losses": losses, "gradients": gradients}
+
+
+def descend_plainly(task, loss_of: Callable[[int], torch.Tensor], steps: int) -> dict[str, Any]:
+    """The same by the loss of a step as a test works it out, for tasks of one loss, `lm`."""
+    named = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    losses, gradients = [], []
+    for step in range(steps):
+        loss = loss_of(step)
+        found = torch.autograd.grad(loss, list(named.values()))
+        losses.append({"loss": loss.detach(), "lm": loss.detach()})
+        gradients.append(dict(zip(named, found, strict=True)))
+        with torch.no_grad():
+            for parameter, gradient in zip(named.values(), found, strict=True):
+                parameter -= 0.1 * gradient
+    return {"losses": losses, "gradients": gradients}
+
+
+def hooks(task, name: str, *arguments) -> None:
+    """As the training loop calls them."""
+    if hook := getattr(task, name, None):
+        hook(*arguments)
+
+
+def train_small(world, steps: int, accumulation: int, prompt_tokens: int, weights, config: dict) -> dict[str, Any]:
+    """What `descend` gives, and the state and the drawn negatives, as this rank has them."""
+    task = make_task(world, accumulation, weights, **config)
     drawn, pairs_before = [], matching.matching_pairs
 
     def watched(text_of_image, image_of_text, rank, ranks):
@@ -68,25 +112,9 @@ def train_small(world, steps: int, accumulation: int, prompt_tokens: int, weight
 
     matching.matching_pairs = watched
     try:
-        losses, gradients = [], []
-        for step in range(steps):
-            task.before_step(step)
-            total: dict[str, torch.Tensor] = {}
-            for batch in micro_batches(step, accumulation, prompt_tokens):
-                shares = wrapped(part(batch, world.rank, world.ranks), step)
-                (shares["loss"] * world.ranks).backward()
-                task.after_micro_step()
-                for name, share in shares.items():
-                    total[name] = total.get(name, 0) + world.sum(share)
-            trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
-            losses.append(total)
-            gradients.append({name: p.grad.clone() for name, p in trained.items()})
-            with torch.no_grad():
-                for parameter in trained.values():
-                    parameter -= 0.1 * parameter.grad
-                    parameter.grad = None
+        found = descend(task, world, lambda step: micro_batches(step, accumulation, prompt_tokens), steps)
         state = {name: value.clone() for name, value in task.state_dict().items()}
-        return {"losses": losses, "gradients": gradients, "state": state, "negatives": drawn}
+        return {**found, "state": state, "negatives": drawn}
     finally:
         matching.matching_pairs = pairs_before
 

@@ -3,7 +3,8 @@ import pyarrow.parquet as pq
 import pytest
 from distributed_samples import on_ranks
 from evaluation_samples import CONFIG, evaluate, write_scene
-from inference_samples import export_tiny_med, random_stem
+from inference_samples import export_tiny_med
+from model_samples import random_stem
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.features import FeatureCache

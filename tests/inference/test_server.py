@@ -15,12 +15,11 @@ import pytest
 import uvicorn
 from data_samples import picture
 from evaluation_samples import write_scene
-from inference_samples import export_tiny_med
+from inference_samples import export_tiny_med, save_served
 from mlflow.pyfunc.scoring_server import init
 
 from blip_pipelines.inference.gallery import Gallery
 from blip_pipelines.inference.limits import LimitsConfig
-from blip_pipelines.inference.served import SERVED
 from blip_pipelines.inference.server import ServedModel, make_app
 
 NAMES = ("blip-captioner", "blip-retriever", "blip-filter")
@@ -37,14 +36,7 @@ def server(tmp_path_factory):
     data = write_scene(folder)
     loaded = {}
     for name in NAMES:
-        mlflow.pyfunc.save_model(
-            folder / name,
-            python_model=str(SERVED[name].code),
-            artifacts={"model": str(folder / "med")},
-            signature=SERVED[name].signature(),
-            pip_requirements=[],
-        )
-        loaded[name] = mlflow.pyfunc.load_model(str(folder / name))
+        loaded[name] = mlflow.pyfunc.load_model(str(save_served(name, folder / "med", folder / name)))
     models = [
         ServedModel(name, "1", "champion", tuple(loaded[name].metadata.get_input_schema().input_names()))
         for name in NAMES

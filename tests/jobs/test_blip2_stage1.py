@@ -11,12 +11,14 @@ import torch
 import yaml
 from blip2_samples import vit_folder
 from data_samples import tokenizer_json, write_data_set
-from inference_samples import export_tiny_med, random_stem
+from inference_samples import export_tiny_med
+from job_samples import cut_after, outputs
+from model_samples import random_stem
 from project_samples import ROOT
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.features import FeatureCache
-from blip_pipelines.data.loader import DataError, DecodedPixels, Loader
+from blip_pipelines.data.loader import DataError, DecodedPixels
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.storage import StorageError, read_json
 from blip_pipelines.data.transforms import ImageConfig
@@ -71,14 +73,6 @@ def start(root: Path, data: dict[str, Path], settings: dict[str, Any], **how: An
     return launch(JOB, settings, inputs, LaunchConfig(work=str(root / "work"), **how))
 
 
-def outputs(receipt: Receipt) -> dict[str, bytes]:
-    return {
-        path.relative_to(receipt.folder).as_posix(): path.read_bytes()
-        for path in receipt.folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def losses(receipt: Receipt) -> list[list[float]]:
     rows = [row for row in read_json(receipt.folder / "history.json") if "loss" in row]
     return [[row[name] for name in ("itc", "itm", "itg")] for row in rows]
@@ -125,14 +119,7 @@ def test_frozen_tower_is_the_meds_and_stays_it(whole: Receipt, data: dict[str, P
 def test_cut_run_leaves_the_same_bytes(
     tmp_path: Path, data: dict[str, Path], whole: Receipt, until: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Cut(Loader):
-        def __iter__(self):
-            for step, batches in enumerate(super().__iter__(), self.start_step):
-                if step == until:
-                    raise DataError("the cable was pulled")
-                yield batches
-
-    monkeypatch.setattr(training_data, "Loader", Cut)
+    cut_after(monkeypatch, training_data, "Loader", until)
     with pytest.raises(DataError):
         start(tmp_path, data, config())
     monkeypatch.undo()

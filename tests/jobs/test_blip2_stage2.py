@@ -10,9 +10,10 @@ import pytest
 import torch
 from blip2_job_samples import STAGE2, export_stage1, language_folder
 from data_samples import write_data_set
+from job_samples import cut_after, outputs
 
 from blip_pipelines.config import ConfigError
-from blip_pipelines.data.loader import DataError, Loader
+from blip_pipelines.data.loader import DataError
 from blip_pipelines.data.storage import read_json
 from blip_pipelines.jobs import blip2_stage2, training_data
 from blip_pipelines.jobs.launch import LaunchConfig, launch
@@ -45,14 +46,6 @@ def start(root: Path, data: dict[str, Path], settings: dict[str, Any], on_histor
     how = {"mode": "inline", "threads_per_rank": 1, **how}
     inputs = {name: data[name] for name in wanted if name in data}
     return launch(JOB, settings, inputs, LaunchConfig(work=str(root / "work"), **how), on_history)
-
-
-def outputs(receipt: Receipt) -> dict[str, bytes]:
-    return {
-        path.relative_to(receipt.folder).as_posix(): path.read_bytes()
-        for path in receipt.folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +106,8 @@ def test_a_run_cut_in_either_phase_leaves_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Steps are counted over both phases: the warm start has four."""
-    settings, seen = config(data, kind), []
-
-    class Cut(Loader):
-        def __iter__(self):
-            for batches in super().__iter__():
-                if len(seen) == until:
-                    raise DataError("the cable was pulled")
-                seen.append(0)
-                yield batches
-
-    monkeypatch.setattr(training_data, "Loader", Cut)
+    settings = config(data, kind)
+    cut_after(monkeypatch, training_data, "Loader", until)
     with pytest.raises(DataError):
         start(tmp_path, data, settings)
     monkeypatch.undo()

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from blip2_job_samples import export_stage1, export_stage2
+from blip2_job_samples import STAGE2, export_stage1, export_stage2
 from instruct_samples import write_published
 from instruction_samples import letters, write, write_labels
+from job_samples import cut_after, outputs
 
 from blip_pipelines.config import ConfigError
-from blip_pipelines.data.instruction_loader import InstructionLoader
 from blip_pipelines.data.loader import DataError
 from blip_pipelines.data.storage import StorageError, read_json
 from blip_pipelines.jobs import instruct_tuning
@@ -29,15 +29,7 @@ INSTRUCT: dict[str, Any] = {
     "limits": {"instruction": 6, "question": 12, "answer": 6},
     "warm_start": {"steps": 2, "batch_samples_global": 8, "optimizer": {"learning_rate": 1e-3}},
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
-    "training": {
-        "steps": 5,
-        "batch_samples_global": 8,
-        "accumulation": 2,
-        "precision": "float32",
-        "validate_every_steps": 2,
-        "checkpoint_every_steps": 2,
-        "peak_flops": 1e9,
-    },
+    "training": STAGE2["training"],
     "window_shards": 1,
     "probe": {"rows": 3, "answers": {"beams": 1, "max_tokens": 3, "repetition_penalty": 1.0}},
 }
@@ -68,14 +60,6 @@ def start(
     if kind:
         inputs["start"] = data[kind]
     return launch(JOB, {**INSTRUCT, **changed}, inputs, LaunchConfig(**how), on_history)
-
-
-def outputs(receipt: Receipt) -> dict[str, bytes]:
-    return {
-        path.relative_to(receipt.folder).as_posix(): path.read_bytes()
-        for path in receipt.folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -158,17 +142,7 @@ def test_a_run_that_was_cut_leaves_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Steps are counted over both phases: the warm start has two."""
-    seen = []
-
-    class Cut(InstructionLoader):
-        def __iter__(self):
-            for batches in super().__iter__():
-                if len(seen) == until:
-                    raise DataError("the cable was pulled")
-                seen.append(0)
-                yield batches
-
-    monkeypatch.setattr(instruct_tuning, "InstructionLoader", Cut)
+    cut_after(monkeypatch, instruct_tuning, "InstructionLoader", until)
     with pytest.raises(DataError):
         start(tmp_path, data, kind)
     monkeypatch.undo()

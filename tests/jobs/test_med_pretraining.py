@@ -12,10 +12,11 @@ import psutil
 import pytest
 import torch
 from data_samples import tokenizer_json, write_data_set
-from inference_samples import random_stem
+from job_samples import cut_after, outputs
+from model_samples import random_stem
 
 from blip_pipelines.config import ConfigError
-from blip_pipelines.data.loader import DataError, Loader
+from blip_pipelines.data.loader import DataError
 from blip_pipelines.data.storage import read_json
 from blip_pipelines.jobs import torchrun, training_data
 from blip_pipelines.jobs.launch import LaunchConfig, launch
@@ -65,14 +66,6 @@ def start(root: Path, data: dict[str, Path], settings: dict[str, Any], on_histor
     return launch(JOB, settings, inputs, LaunchConfig(work=str(root / "work"), **how), on_history)
 
 
-def outputs(receipt: Receipt) -> dict[str, bytes]:
-    return {
-        path.relative_to(receipt.folder).as_posix(): path.read_bytes()
-        for path in receipt.folder.rglob("*")
-        if path.is_file()
-    }
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Path]) -> Receipt:
     return start(tmp_path_factory.mktemp("whole"), data, config(data))
@@ -97,14 +90,7 @@ def test_outputs_are_a_model_that_loads_its_checkpoint_and_the_curves(whole: Rec
 def test_cut_run_leaves_the_same_bytes(
     tmp_path: Path, data: dict[str, Path], whole: Receipt, until: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Cut(Loader):
-        def __iter__(self):
-            for step, batches in enumerate(super().__iter__(), self.start_step):
-                if step == until:
-                    raise DataError("the cable was pulled")
-                yield batches
-
-    monkeypatch.setattr(training_data, "Loader", Cut)
+    cut_after(monkeypatch, training_data, "Loader", until)
     with pytest.raises(DataError):
         start(tmp_path, data, config(data))
     monkeypatch.undo()

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_samples import tokenizer_json
 from instruction_samples import letters, write, write_labels
+from job_samples import outputs
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.storage import read_json
@@ -67,11 +68,6 @@ def start(root: Path, inputs: dict[str, Path], settings: dict[str, Any], on_hist
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]) -> Receipt:
     return start(tmp_path_factory.mktemp("whole"), inputs, config())
-
-
-def outputs(receipt: Receipt) -> dict[str, bytes]:
-    files = [path for path in receipt.folder.rglob("*") if path.is_file()]
-    return {path.relative_to(receipt.folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_outputs_are_a_model_that_loads_its_checkpoint_and_the_curves(whole: Receipt) -> None:

@@ -7,11 +7,10 @@ import pandas as pd
 import pytest
 from data_samples import write_data_set
 from distributed_samples import on_ranks
-from inference_samples import export_tiny_med, score_on_ranks
+from inference_samples import export_tiny_med, save_served, score_on_ranks
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.pairs import Pairs
-from blip_pipelines.inference.served import SERVED
 from blip_pipelines.training.distributed import World
 
 CONFIG = {"made_by": "a" * 64, "batch_images": 4}
@@ -23,13 +22,7 @@ def scene(tmp_path_factory):
     folder = tmp_path_factory.mktemp("score")
     export_tiny_med(folder / "med")
     for name in ("blip-captioner", "blip-filter"):
-        mlflow.pyfunc.save_model(
-            folder / name,
-            python_model=str(SERVED[name].code),
-            artifacts={"model": str(folder / "med")},
-            signature=SERVED[name].signature(),
-            pip_requirements=[],
-        )
+        save_served(name, folder / "med", folder / name)
     pairs, images = write_data_set(folder, [5, 4, 6], captions_per_image=2)
     return {"folder": folder, "pairs": pairs, "images": images}
 

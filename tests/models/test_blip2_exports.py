@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from blip2_samples import SPOKEN, tiny_language, tiny_qformer_config, tiny_uint8, vit_folder
+from blip2_samples import SPOKEN, assert_equal_scores, tiny_language, tiny_qformer_config, tiny_uint8, vit_folder
 from data_samples import WORDS, tokenizer_json
-from model_samples import tiny_med
+from model_samples import random_stem, tiny_med
 from torch.nn.functional import cross_entropy
 
 from blip_pipelines.data.storage import StorageError
@@ -16,7 +16,7 @@ from blip_pipelines.models.exports import export_med
 from blip_pipelines.models.frozen_tower import TowerConfig, open_tower
 from blip_pipelines.models.qformer import QFormer
 from blip_pipelines.models.qformer_start import QFormerStartConfig, start_qformer
-from blip_pipelines.models.stem import Stem, convolutions, lay_out
+from blip_pipelines.models.stem import lay_out
 
 KINDS = ["opt", "llama", "t5"]
 CAPTIONS = ["a red crab", "the small house of a dog", "flag"]
@@ -37,13 +37,7 @@ def vit(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stem():
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for layer in convolutions():
-        fan_in = layer.shape[1] * layer.shape[2] * layer.shape[3]
-        weights[f"{layer.name}.weight"] = torch.randn(layer.shape, generator=generator) * (2 / fan_in) ** 0.5
-        weights[f"{layer.name}.bias"] = torch.zeros(layer.shape[0])
-    return Stem(weights)
+    return random_stem()
 
 
 def make_former(tower, tokenizer, seed=0) -> QFormer:
@@ -76,16 +70,7 @@ def normalised(pixels, vision):
 
 def assert_equal_retrieval(former, folder, tokenizer, picture, image_BND):
     stock = reload("Blip2ForImageTextRetrieval", folder / "retrieval")
-    ids, mask = texts(tokenizer)
-    with torch.no_grad():
-        image = former.project_image(image_BND)
-        image_BQE = former.image_features(former.encode_queries(image)[0])
-        text_BE = former.text_features(ids, mask)
-        similarity = torch.einsum("iqe,te->iqt", image_BQE, text_BE).amax(1)
-        expected = stock(picture, ids, mask.long()).logits_per_image
-        torch.testing.assert_close(similarity, expected, atol=1e-5, rtol=0)
-        matched = stock(picture, ids, mask.long(), use_image_text_matching_head=True).logits_per_image
-        torch.testing.assert_close(former.match_logits(ids, mask, image), matched, atol=1e-5, rtol=0)
+    assert_equal_scores(former, stock, picture, image_BND, texts(tokenizer))
 
 
 def test_stock_retrieval_reloads_stage_1_with_equal_outputs(tmp_path, tokenizer, vit):

@@ -4,13 +4,13 @@ import pytest
 import torch
 import transformers
 from data_samples import WORDS, tokenizer_json
-from model_samples import tiny_config, tiny_pixels, tiny_texts
+from model_samples import random_stem, tiny_config, tiny_pixels, tiny_texts
 
 from blip_pipelines.data.storage import StorageError
 from blip_pipelines.data.tokens import prune_vocabulary
 from blip_pipelines.models.exports import STOCK, ExportError, export_med, load_med
 from blip_pipelines.models.med import Med
-from blip_pipelines.models.stem import Stem, convolutions, lay_out
+from blip_pipelines.models.stem import lay_out
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +20,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def stem():
-    """Random folded weights."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for layer in convolutions():
-        fan_in = layer.shape[1] * layer.shape[2] * layer.shape[3]
-        weights[f"{layer.name}.weight"] = torch.randn(layer.shape, generator=generator) * (2 / fan_in) ** 0.5
-        weights[f"{layer.name}.bias"] = torch.zeros(layer.shape[0])
-    return Stem(weights)
+    return random_stem()
 
 
 def make(tokenizer, seed=0, **sizes) -> Med:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from blip2_samples import tiny_qformer_config, tiny_uint8, vit_folder
 from data_samples import write_data_set
-from model_samples import tiny_med
+from model_samples import random_stem, tiny_med
 from torch import nn
 
 from blip_pipelines.config import ConfigError
@@ -15,7 +15,6 @@ from blip_pipelines.models.exports import export_med, load_med
 from blip_pipelines.models.frozen import Frozen, weights_hash
 from blip_pipelines.models.frozen_tower import FrozenTower, TowerConfig, med_tower, open_tower
 from blip_pipelines.models.qformer import QFormer
-from blip_pipelines.models.stem import Stem, convolutions
 from blip_pipelines.models.weights import StartError
 
 TINY = {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
@@ -100,13 +99,7 @@ def test_dropped_layers_are_those_at_the_end(tmp_path):
 
 @pytest.fixture(scope="module")
 def stem():
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for layer in convolutions():
-        fan_in = layer.shape[1] * layer.shape[2] * layer.shape[3]
-        weights[f"{layer.name}.weight"] = torch.randn(layer.shape, generator=generator) * (2 / fan_in) ** 0.5
-        weights[f"{layer.name}.bias"] = torch.zeros(layer.shape[0])
-    return Stem(weights)
+    return random_stem()
 
 
 def test_med_is_a_tower_with_its_norm_where_the_q_former_starts(tmp_path):

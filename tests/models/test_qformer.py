@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from blip2_samples import stock_blip2_config, tiny_image, tiny_qformer, tiny_qformer_config
+from blip2_samples import assert_equal_scores, stock_blip2_config, tiny_image, tiny_qformer, tiny_qformer_config
 from data_samples import WORDS, tokenizer_json
 from model_samples import tiny_texts
 from torch.nn.functional import normalize
@@ -59,18 +59,11 @@ def joint_pass(model, ids, mask, image_BND, visible):
 @pytest.mark.parametrize("sizes", [{}, {"every": 1, "queries": 1}, {"every": 3, "image_width": 16}])
 def test_itc_and_itm_equal_the_stock_class(sizes, texts):
     former = tiny_qformer(**sizes)
-    model, (ids, mask) = stock(former), texts
+    model = stock(former)
     pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         image_BND = model.vision_model.encoder(model.vision_model.embeddings(pixels)).last_hidden_state
-        image = former.project_image(image_BND)
-        image_BQE = former.image_features(former.encode_queries(image)[0])
-        text_BE = former.text_features(ids, mask)
-        similarity = torch.einsum("iqe,te->iqt", image_BQE, text_BE).amax(1)
-        expected = model(pixels, ids, mask.long()).logits_per_image
-        torch.testing.assert_close(similarity, expected, atol=1e-5, rtol=0)
-        matched = model(pixels, ids, mask.long(), use_image_text_matching_head=True).logits_per_image
-        torch.testing.assert_close(former.match_logits(ids, mask, image), matched, atol=1e-5, rtol=0)
+    assert_equal_scores(former, model, pixels, image_BND, texts)
 
 
 def test_decoding_from_cached_queries_equals_one_pass_under_the_multimodal_causal_mask(former, image, texts):

@@ -3,7 +3,8 @@ import safetensors.torch
 import torch
 from blip2_samples import tiny_language, tiny_qformer_config, vit_folder
 from data_samples import WORDS, tokenizer_json
-from inference_samples import export_tiny_answering, export_tiny_med, random_stem
+from inference_samples import export_tiny_answering, export_tiny_med
+from model_samples import random_stem
 
 from blip_pipelines.data.storage import read_json, sha256_file, write_json
 from blip_pipelines.data.tokens import prune_vocabulary

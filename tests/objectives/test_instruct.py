@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blip2_objectives_samples import compare, descend
+from blip2_objectives_samples import compare
 from distributed_samples import on_ranks
 from instruct_samples import ANSWERS, ASKED, instruction_batches, make_instruct_task, train_instruct
-from objectives_samples import ALONE
+from objectives_samples import ALONE, descend, descend_plainly
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.instruction_tokens import TokenLimits
@@ -55,16 +55,7 @@ def test_the_loss_equals_a_slow_plain_float64_version_by_the_stock_forward(kind,
         for name in [name for name in step if name.startswith("cut")]:
             del step[name]
     task = make_instruct_task(kind, prompt, aware)
-    named = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
-    expected = {"losses": [], "gradients": []}
-    for step in range(2):
-        loss = plain_step(task, instruction_batches(task.blip2, step, 2))
-        gradients = torch.autograd.grad(loss, list(named.values()))
-        expected["losses"].append({"loss": loss.detach(), "lm": loss.detach()})
-        expected["gradients"].append(dict(zip(named, gradients, strict=True)))
-        with torch.no_grad():
-            for parameter, gradient in zip(named.values(), gradients, strict=True):
-                parameter -= 0.1 * gradient
+    expected = descend_plainly(task, lambda step: plain_step(task, instruction_batches(task.blip2, step, 2)), 2)
     compare(found, expected, kind, BOUNDS[kind])
 
 

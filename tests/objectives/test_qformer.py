@@ -2,14 +2,7 @@ import math
 
 import pytest
 import torch
-from blip2_objectives_samples import (
-    close,
-    compare,
-    make_qformer_task,
-    micro_batches,
-    train_qformer,
-    train_qformers,
-)
+from blip2_objectives_samples import close, compare, make_qformer_task, micro_batches, train_qformer, train_qformers
 from blip2_samples import tiny_qformer, tiny_uint8, vit_folder
 from distributed_samples import on_ranks
 from objectives_samples import ALONE
