@@ -177,6 +177,14 @@ def test_half_precision_weights_are_loaded_not_cast(tmp_path):
     assert relative < 0.05  # some twenty roundings of 2^-9 in a row
 
 
+@pytest.mark.parametrize(("gpu", "amx", "expected"), [(True, False, True), (False, True, True), (False, False, False)])
+def test_the_precision_is_half_where_there_are_matrix_units_for_it(monkeypatch, gpu, amx, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert LanguageConfig("scratch", "auto").is_half == expected
+    assert LanguageConfig("scratch", "bfloat16").is_half and not LanguageConfig("scratch", "float32").is_half
+
+
 def test_a_model_whose_logits_are_scaled_is_refused():
     from transformers import GraniteConfig, GraniteForCausalLM
 

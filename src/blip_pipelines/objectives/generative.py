@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.instruction_loader import InstructionBatch
@@ -26,6 +26,9 @@ from blip_pipelines.models.attention import at_least_float32
 from blip_pipelines.models.blip2 import Blip2
 from blip_pipelines.objectives import draws, language_modelling
 from blip_pipelines.objectives.contrastive import Ranks
+
+SHARPNESS = 8.0  # of the softmax over words; two words of the table are about 2 apart
+REST = 0.1  # most queries have no word: with the weight of one they would outweigh those that have
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,12 @@ class GenerativePretraining(nn.Module):
 
 
 class ProjectionWarmStart(nn.Module):
-    """A task of its own before stage 2 or instruction tuning: the soft prompt of query k becomes the embedding of the
-    caption's, or answer's, word k.
+    """A task of its own before stage 2 or instruction tuning: the soft prompts spell the caption, or the answer.
 
-    Then the language model reads something like it from its first step on, at the cost of steps that do not run it. All
-    that trains afterwards is trained.
+    The soft prompt of query k is drawn to the embedding of word k, and is to be nearer to it than to the other words
+    of the batch; behind the last word all are the token that ends an answer. Then the language model reads something
+    like the caption from its first step on, at the cost of steps that do not run it. All that trains afterwards is
+    trained. Distance alone would end between the words that are likely, where no word is.
 
     Differs: not in the paper; a run of minutes does not get as far without it.
     """
@@ -126,15 +130,40 @@ class ProjectionWarmStart(nn.Module):
         self.variance = blip2.language.embedding_std**2
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """This rank's share of the mean squared distance per word that has a query, by the variance of the table."""
+        """Shares of the mean over queries, of which those behind the end count `REST` each.
+
+        Returns:
+            "loss" with gradient, the sum of "regression", the mean squared distance by the variance of the table, and
+            "nearest", the cross-entropy of the word among all of the global micro-batch; and "spelled", the share of
+            words and ends that are the nearest.
+        """
         image = self.blip2.see(batch.pixels)
-        soft_BQW = at_least_float32(self.blip2.soft_prompts(image, *questions_of(self.blip2, batch)))
-        queries = soft_BQW.shape[1]
-        is_word_BK = batch.token_mask[:, 2:][:, :queries]  # a token with another behind it is not the end
-        word_BKW = self.blip2.language.embed(batch.token_ids[:, 1:-1][:, :queries])
-        distance_BK = (soft_BQW[:, : word_BKW.shape[1]] - word_BKW).square().mean(-1) / self.variance
-        loss = (distance_BK * is_word_BK).sum() / divisor_of(is_word_BK, batch, self.ranks)
-        return {"loss": loss, "regression": loss.detach()}
+        soft_RW = at_least_float32(self.blip2.soft_prompts(image, *questions_of(self.blip2, batch))).flatten(0, 1)
+        word_BQ, is_asked_BQ = self._words(batch)
+        word_R, is_asked_R = word_BQ.flatten(), is_asked_BQ.flatten()
+        candidates_V = self.ranks.gather(word_BQ).unique()
+        table_VW = at_least_float32(self.blip2.language.embed(candidates_V))
+        square_RV = soft_RW.square().sum(1, keepdim=True) - 2 * soft_RW @ table_VW.T + table_VW.square().sum(1)
+        distance_RV = square_RV / (soft_RW.shape[1] * self.variance)
+        place_R = torch.searchsorted(candidates_V, word_R)
+        own_R = distance_RV.gather(1, place_R[:, None])[:, 0]
+        nearest_R = cross_entropy(-SHARPNESS * distance_RV, place_R, reduction="none")
+
+        weight_R = REST + (1 - REST) * is_asked_R.to(distance_RV)
+        divisor = divisor_of(weight_R, batch, self.ranks)
+        regression, nearest = (own_R * weight_R).sum() / divisor, (nearest_R * weight_R).sum() / divisor
+        is_right_R = (distance_RV.detach().argmin(1) == place_R) & is_asked_R
+        spelled = is_right_R.sum() / divisor_of(is_asked_R, batch, self.ranks)
+        loss = regression + nearest
+        return {"loss": loss, "regression": regression.detach(), "nearest": nearest.detach(), "spelled": spelled}
+
+    def _words(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, Q) int64, what each query is to say: words, then ends; and bool, words and the first end."""
+        queries, end = self.blip2.former.config.queries, self.blip2.language.tokenizer.end
+        word_BT, is_asked_BT = batch.token_ids[:, 1:], batch.token_mask[:, 1:]
+        room = max(queries - word_BT.shape[1], 0)
+        word_BT = pad(word_BT.where(is_asked_BT, end), (0, room), value=end)
+        return word_BT[:, :queries], pad(is_asked_BT, (0, room))[:, :queries]
 
 
 class Answers(NamedTuple):
@@ -190,17 +219,17 @@ def split_prefix(
     return Answers(suffix_BT, target_BT, prefix_BS.where(is_split_B1, instead_S), place_S < read_B1)
 
 
-def divisor_of(asked: Tensor, batch: Batch, ranks: Ranks) -> Tensor:
-    """What a sum over `asked` is divided by to be a share of the mean; a collective, scalar float64.
+def divisor_of(weight: Tensor, batch: Batch, ranks: Ranks) -> Tensor:
+    """What a sum by `weight` is divided by to be a share of the mean; a collective, scalar float64.
 
     The global mean of a micro-step, each weighed by its share of the tokens that the batch counts: how many of those
     the later micro-steps ask for is not known yet.
 
     Args:
-        asked: bool, of this rank's part.
+        weight: of each place of this rank's part, or bool.
     """
     counted = language_modelling.target_positions(batch.token_mask, batch.prompt_tokens).sum()
-    both = ranks.gather(torch.stack([asked.sum(), counted])[None]).sum(0).clamp(min=1).double()
+    both = ranks.gather(torch.stack([weight.double().sum(), counted.double()])[None]).sum(0).clamp(min=1)
     return both[0] * max(batch.target_tokens, 1) / both[1]
 
 
