@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from blip_pipelines.models.frozen import weights_hash
 from blip_pipelines.models.language import LanguageConfig, LanguageError, LanguageModel, dense_folder, open_language
+from blip_pipelines.models.precision import is_half
 
 KINDS = ["opt", "llama", "t5"]
 ANSWERS = ["a red crab", "the house", "a big dog and a small dog"]
@@ -181,8 +182,8 @@ def test_half_precision_weights_are_loaded_not_cast(tmp_path):
 def test_the_precision_is_half_where_there_are_matrix_units_for_it(monkeypatch, gpu, amx, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert LanguageConfig("scratch", "auto").is_half == expected
-    assert LanguageConfig("scratch", "bfloat16").is_half and not LanguageConfig("scratch", "float32").is_half
+    assert is_half("auto") == expected
+    assert is_half("bfloat16") and not is_half("float32")
 
 
 def test_a_model_whose_logits_are_scaled_is_refused():

@@ -17,10 +17,10 @@ from blip_pipelines.config import ConfigError, speed_only
 from blip_pipelines.data.instructions import Instructions
 from blip_pipelines.evaluation.answers import ROLES, measure_answers, write_answers
 from blip_pipelines.inference.answering import Answered
-from blip_pipelines.jobs.exported import Precision
 from blip_pipelines.jobs.instruction_answers import Asked, Asking, answers_of, drawn_rows
 from blip_pipelines.jobs.receipt import OUTPUTS
 from blip_pipelines.jobs.training_data import Images
+from blip_pipelines.models.precision import Precision, is_half
 from blip_pipelines.training.distributed import World
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def ask(
     mine = np.array_split(np.arange(len(view)), world.ranks)[world.rank]
     answerers = {task: answerer_of(task) for task in set(view.values("task", np.arange(len(view))))}
     asking = Asking(settings.frames, most_candidates, settings.batch_rows)
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=is_half(settings.precision)):
         answers = answers_of(answerers, view, images, mine, asking)
     answers = [answer for share in world.gather_objects(answers) for answer in share]
     metrics: dict[str, float] = {}

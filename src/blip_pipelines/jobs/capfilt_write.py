@@ -19,7 +19,8 @@ from blip_pipelines.data.composition import fill
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.inference.generation import GenerationConfig, generate
 from blip_pipelines.jobs.by_shard import images_in_batches, make_by_shard
-from blip_pipelines.jobs.exported import Precision, RankMed
+from blip_pipelines.jobs.exported import RankMed
+from blip_pipelines.models.precision import Precision
 from blip_pipelines.training.distributed import World
 
 log = logging.getLogger(__name__)

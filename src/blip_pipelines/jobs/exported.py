@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -14,10 +13,9 @@ from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.data.transforms import ImageConfig
 from blip_pipelines.jobs.frozen_features import fill_features
 from blip_pipelines.models.exports import ExportedMed, load_med
+from blip_pipelines.models.precision import Precision, is_half
 from blip_pipelines.models.stem import Stem
 from blip_pipelines.training.distributed import World
-
-Precision = Literal["float32", "bfloat16"]
 
 
 class RankModel:
@@ -45,7 +43,7 @@ class RankModel:
         self._cache = None
         if stem is not None:
             self._cache = fill_features(images, self.image, stem, work, world).cache
-        dtype = torch.bfloat16 if precision == "bfloat16" else None
+        dtype = torch.bfloat16 if is_half(precision) else None
         self.autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype is not None)
 
     def reader(self, pairs: Pairs) -> ReadImages:

@@ -5,8 +5,9 @@ from pathlib import Path
 from blip_pipelines.config import read
 from blip_pipelines.data.storage import StorageError
 from blip_pipelines.data.transforms import ImageConfig
-from blip_pipelines.jobs.exported import Precision, RankModel
+from blip_pipelines.jobs.exported import RankModel
 from blip_pipelines.models.blip2_exports import load_blip2
+from blip_pipelines.models.precision import Precision
 from blip_pipelines.training.distributed import World
 
 

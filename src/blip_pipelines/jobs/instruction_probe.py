@@ -13,6 +13,7 @@ from blip_pipelines.inference.answering import AnswerConfig, Answerer
 from blip_pipelines.jobs.instruction_answers import Asking, answers_of, drawn_rows
 from blip_pipelines.jobs.training_data import Images
 from blip_pipelines.models.blip2 import Blip2
+from blip_pipelines.models.precision import Precision, is_half
 from blip_pipelines.objectives.instruct import InstructConfig, InstructionTuning
 
 
@@ -45,11 +46,11 @@ class InstructionProbe:
         model: Blip2,
         tokens: InstructionTokens,
         objective: InstructConfig,
-        precision: str,
+        precision: Precision,
     ):
         self.images, self.tokens, self.asking = images, tokens, Asking(most_candidates=config.most_candidates)
         self.answerer = Answerer(model, tokens, config.answers)
-        self.task, self.half = InstructionTuning(model, objective), precision == "bfloat16"
+        self.task, self.half = InstructionTuning(model, objective), is_half(precision)
         held = table.select(split=config.split)
         self.view = held.select(rows=drawn_rows(held, config.rows))
         self.roles = np.array(self.view.values("role", np.arange(len(self.view))))

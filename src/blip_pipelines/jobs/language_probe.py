@@ -14,6 +14,7 @@ from blip_pipelines.inference.generation import GenerationConfig
 from blip_pipelines.inference.language_decoder import write_captions
 from blip_pipelines.jobs.blip2_parts import Blip2Parts
 from blip_pipelines.models.blip2 import Blip2
+from blip_pipelines.models.precision import Precision, is_half
 from blip_pipelines.objectives.generative import GenerativeConfig, GenerativePretraining
 from blip_pipelines.objectives.language_modelling import target_positions
 from blip_pipelines.training.distributed import World
@@ -47,9 +48,9 @@ class LanguageProbe:
         model: Blip2,
         objective: GenerativeConfig,
         max_tokens: int,
-        precision: str,
+        precision: Precision,
     ):
-        self.config, self.model, self.half = config, model, precision == "bfloat16"
+        self.config, self.model, self.half = config, model, is_half(precision)
         # Of a world of its own: the other ranks are not here, and the loss of these rows is theirs alone.
         self.task = GenerativePretraining(model, objective, World())
         self.scenes: dict[str, tuple[HeldOut, Batch]] = {}

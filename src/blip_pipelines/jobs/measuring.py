@@ -24,8 +24,9 @@ from blip_pipelines.evaluation.predictions import Predictions, Written
 from blip_pipelines.evaluation.retrieval import Retrieval, rerank, retrieve
 from blip_pipelines.inference.generation import GenerationConfig
 from blip_pipelines.inference.image_text import ImageText, similarities
-from blip_pipelines.jobs.exported import Precision, RankModel
+from blip_pipelines.jobs.exported import RankModel
 from blip_pipelines.jobs.receipt import OUTPUTS
+from blip_pipelines.models.precision import Precision
 from blip_pipelines.training.distributed import World
 
 UNKNOWN_TEMPERATURE = 0.07  # where BLIP starts

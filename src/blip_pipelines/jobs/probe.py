@@ -13,6 +13,7 @@ from blip_pipelines.evaluation.retrieval import Gallery, retrieve
 from blip_pipelines.inference import scoring
 from blip_pipelines.inference.image_text import ImageText, similarities
 from blip_pipelines.jobs.training_data import DataSettings, Images
+from blip_pipelines.models.precision import is_half
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Probe:
     def __call__(self, step: int) -> dict[str, float]:
         found = {}
         for subset, scene in self.scenes.items():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=is_half(self.precision)):
                 image_IND = self.image_text.encode_images(scene.pixels.split(scoring.BATCH_IMAGES))
                 image_IQE = self.image_text.image_features(image_IND)
                 text_RE = self.image_text.text_features(scene.token_ids, scene.token_mask)

@@ -22,6 +22,7 @@ from blip_pipelines.jobs.question_probe import QuestionProbe, QuestionProbeConfi
 from blip_pipelines.jobs.receipt import OUTPUTS
 from blip_pipelines.jobs.training_data import Images, keep_training
 from blip_pipelines.models.exports import export_med, load_med
+from blip_pipelines.models.precision import is_half
 from blip_pipelines.models.question_answering import KIND, QuestionAnswering
 from blip_pipelines.objectives.question_answering import AnswerLossConfig, AnswerTraining
 from blip_pipelines.training.distributed import World
@@ -101,7 +102,7 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
 
     probe = None
     if world.is_first and training.validate_every_steps:
-        probe = QuestionProbe(settings.probe, table, images, model, tokens, training.precision == "bfloat16")
+        probe = QuestionProbe(settings.probe, table, images, model, tokens, is_half(training.precision))
     history = train(
         *(AnswerTraining(model, settings.objective), batches_from, settings.optimizer, training, world, work),
         *(settings.seed, work.name),

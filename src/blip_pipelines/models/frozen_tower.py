@@ -11,7 +11,7 @@ Shapes: B batch, S pixels a side, N image tokens, D width, P features of a stem'
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from blip_pipelines.config import ConfigError
 from blip_pipelines.models.exports import NOTE, ExportedMed, load_med, quietly
 from blip_pipelines.models.frozen import Frozen
+from blip_pipelines.models.precision import Precision, dtype_of
 from blip_pipelines.models.starting_points import blip_vision_state
 from blip_pipelines.models.stem import Stem
 from blip_pipelines.models.vision import VisionConfig, VisionTransformer
@@ -48,7 +49,7 @@ class TowerConfig:
 
     source: str
     drop_layers: int = 0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
@@ -138,18 +139,22 @@ def open_tower(config: TowerConfig) -> FrozenTower:
     return stock_tower(config)
 
 
-def med_tower(exported: ExportedMed, precision: str = "float32") -> FrozenTower:
+def med_tower(exported: ExportedMed, precision: Precision = "float32") -> FrozenTower:
     """The image encoder of a MED, its stem included; takes the MED apart."""
     model = exported.med.vision_model
     return vision_tower(model, take_norm(model), exported.image["size"], exported.stem, precision)
 
 
 def vision_tower(
-    model: VisionTransformer, norm: nn.LayerNorm | None, size: int, stem: Stem | None = None, precision: str = "float32"
+    model: VisionTransformer,
+    norm: nn.LayerNorm | None,
+    size: int,
+    stem: Stem | None = None,
+    precision: Precision = "float32",
 ) -> FrozenTower:
     """A tower of our own ViT, its norm already taken off."""
     config = model.config
-    return FrozenTower(model.to(dtype(precision)), norm, config.layer_norm_eps, size, config.mean, config.std, stem)
+    return FrozenTower(model.to(dtype_of(precision)), norm, config.layer_norm_eps, size, config.mean, config.std, stem)
 
 
 def stock_tower(config: TowerConfig) -> FrozenTower:
@@ -176,7 +181,7 @@ def stock_tower(config: TowerConfig) -> FrozenTower:
         model, report = kind.from_pretrained(
             config.source,
             config=stock,
-            dtype=dtype(config.precision),
+            dtype=dtype_of(config.precision),
             key_mapping={r"^(blip\.|clip\.|siglip\.)?vision_model\.": ""},
             output_loading_info=True,
         )
@@ -245,7 +250,3 @@ def _mean_std(config: TowerConfig) -> tuple[tuple[float, ...], tuple[float, ...]
             f"tower.mean, tower.std: {config.source} has no image processor to read them from; give them ({error})"
         ) from error
     return tuple(processor.image_mean), tuple(processor.image_std)
-
-
-def dtype(precision: str) -> torch.dtype:
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32

