@@ -9,7 +9,7 @@ import torch
 
 from blip_pipelines.jobs.torchrun import environment
 
-NAMES = ("med_step", "loader", "ingest", "capfilt", "stage1_step", "stage2_step")
+NAMES = ("med_step", "loader", "ingest", "start_up", "contracts", "capfilt", "stage1_step", "stage2_step")
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ takes, hashing nothing and writing nothing. Ingestion reads, checks, decodes, ha
 
 import csv
 import io
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,21 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from benchmarks.loader import caption, picture
-from benchmarks.measure import circumstances, interleaved, write
+from benchmarks.measure import circumstances, in_process, interleaved, write
 from blip_pipelines.data import quality
 from blip_pipelines.data.images import decode
 from blip_pipelines.data.ingest import DataSet, ingest
 from blip_pipelines.data.ingestion_plan import IngestionConfig
-from blip_pipelines.data.records import PAIR_SCHEMA
 from blip_pipelines.data.sources import SourceConfig, open_source
 
 IMAGES, SIZE = 256, (640, 480)
-SIZES = (1_000, 20_000)  # for memory: small pictures, so that what grows is what is known of them
-START_ROWS = 10_000_000
-_ROWS_A_SHARD = 100_000
+SIZES = (1_000, 10_000, 100_000)  # for memory: small pictures, so that what grows is what is known of them
 
 
 def write_source(folder: Path, images: int, distinct: int, size: tuple[int, int], kind: str = "JPEG") -> Path:
@@ -96,32 +90,6 @@ def speed(rounds: int) -> dict[str, Any]:
     return {name: {**t, "images_per_second_and_core": IMAGES / t["cpu_seconds"]} for name, t in times.items()}
 
 
-def _in_process(call: Callable[..., None], *arguments: Any) -> dict[str, float]:
-    """Seconds and peak memory of a call in a process of its own, beyond what the process took before."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_report, args=(theirs, call, *arguments))
-    process.start()
-    found = ours.recv()
-    process.join()
-    return found
-
-
-def _report(pipe: Any, call: Callable[..., None], *arguments: Any) -> None:
-    import torch  # noqa: F401  what every process of ours has in memory
-
-    before, started, cpu = _memory("VmRSS"), time.perf_counter(), time.process_time()
-    call(*arguments)
-    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-    pipe.send({**seconds, "peak_mb": _memory("VmHWM"), "before_mb": before})
-
-
-def _memory(field: str) -> float:
-    """MB of this process: VmRSS now, VmHWM at its highest."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field))) / 1024
-
-
 def _ingest_sized(source: Path, out: Path, kind: str) -> None:
     take_in(source, out, kind, shard_images=1000)
 
@@ -132,8 +100,8 @@ def memory(sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
     for kind, write_kind in (("tars", write_tars), ("folder", write_source)):
         for size in sizes:
             with tempfile.TemporaryDirectory() as temporary:
-                source = write_kind(Path(temporary) / "source", size, 64, (96, 72))
-                measured = _in_process(_ingest_sized, source, Path(temporary) / "out", kind)
+                source = write_kind(Path(temporary) / "source", size, 64, (32, 24))
+                measured = in_process(_ingest_sized, source, Path(temporary) / "out", kind)
                 found.setdefault(kind, {})[str(size)] = measured
     return found
 
@@ -165,63 +133,21 @@ def resume() -> dict[str, Any]:
         }
 
 
-def write_table_of(folder: Path, rows: int) -> Path:
-    """A caption table of so many rows over images that are not there: what start-up reads."""
-    from blip_pipelines.data.pairs import write_pairs
-
-    def tables() -> Any:
-        empty = {field.name: pa.nulls(_ROWS_A_SHARD, field.type) for field in PAIR_SCHEMA}
-        texts = pa.array([caption(number) for number in range(_ROWS_A_SHARD)])
-        for shard in range(rows // _ROWS_A_SHARD):
-            first = shard * _ROWS_A_SHARD
-            keys = [f"{number:016x}" * 4 for number in range(first, first + _ROWS_A_SHARD)]
-            columns = {
-                **{"key": keys, "member": keys, "caption": texts, "source": ["made"] * _ROWS_A_SHARD},
-                **{"shard": [shard] * _ROWS_A_SHARD, "offset": range(_ROWS_A_SHARD), "size": [1] * _ROWS_A_SHARD},
-                **{"width": [640] * _ROWS_A_SHARD, "height": [480] * _ROWS_A_SHARD},
-                **{"origin": ["web"] * _ROWS_A_SHARD, "split": ["train"] * _ROWS_A_SHARD},
-            }
-            made = {name: pa.array(values, PAIR_SCHEMA.field(name).type) for name, values in columns.items()}
-            yield pa.table({**empty, **made}, schema=PAIR_SCHEMA)
-
-    write_pairs(folder, tables(), "no images")
-    return folder
-
-
-def _start(folder: Path) -> None:
-    from blip_pipelines.data.order import Order
-    from blip_pipelines.data.pairs import Pairs
-
-    pairs = Pairs.open(folder).select(split="train")
-    pairs.preload()
-    rows = Order(pairs.shard_rows, seed=0, window_shards=8).rows(0, 1024)
-    assert len(pairs.captions(rows)) == 1024
-
-
-def start_up(rows: int = START_ROWS) -> dict[str, float]:
-    """From nothing to the captions of the first batch, in a process of its own."""
-    with tempfile.TemporaryDirectory() as temporary:
-        return _in_process(_start, write_table_of(Path(temporary) / "pairs", rows))
-
-
 def main(command: str, rounds: int) -> str:
     found: dict[str, Any] = {"circumstances": circumstances(command)}
-    found |= {"speed": speed(rounds), "memory": memory(), "resume": resume(), "start_up": start_up()}
+    found |= {"speed": speed(rounds), "memory": memory(), "resume": resume()}
     rates = {name: each["images_per_second_and_core"] for name, each in found["speed"].items()}
     rows = [[name, f"{rate:,.0f}", f"{rates['ingestion'] / rate:.2f}x"] for name, rate in rates.items()]
     sizes = "; ".join(
         f"{kind}: " + ", ".join(f"{int(n):,} images {each['peak_mb']:,.0f} MB" for n, each in of_kind.items())
         for kind, of_kind in found["memory"].items()
     )
-    kill, start = found["resume"], found["start_up"]
+    kill = found["resume"]
     reading = (
         f"Images per second and core, {SIZE[0]} x {SIZE[1]} JPEG, from files in memory: Pillow decoding them (whole, "
         "and at the reduced scale that a fingerprint takes) and our ingestion, which reads, checks, decodes, hashes "
         "and writes them to shards and tables; medians of interleaved rounds.\n\n"
         f"Peak memory of the process that ingests: {sizes}. Killed with {kill['finished_before_the_kill']} of "
-        f"{kill['shards']} shards finished and run again, it wrote {kill['written_again']} of those anew.\n\n"
-        f"Start-up on {START_ROWS:,} caption rows, to the captions of the first batch: {start['seconds']:.1f} s "
-        f"({start['cpu_seconds']:.1f} CPU seconds), "
-        f"{start['peak_mb'] - start['before_mb']:,.0f} MB beyond the {start['before_mb']:,.0f} MB of the process."
+        f"{kill['shards']} shards finished and run again, it wrote {kill['written_again']} of those anew."
     )
     return write("ingest", found, ["", "images/s/core", "ingestion to it"], rows, reading)

@@ -1,5 +1,6 @@
 """How things are measured: variants take turns, medians are compared, the machine's peak is taken in the same run."""
 
+import multiprocessing
 import os
 import platform
 import statistics
@@ -59,6 +60,42 @@ def interleaved(
         }
         for name in variants
     }
+
+
+def in_process(call: Callable[..., None], *arguments: Any) -> dict[str, float]:
+    """What a call takes in a process of its own.
+
+    Returns:
+        `seconds`, `cpu_seconds` (of all its threads) and `peak_mb`, the most memory that the process ever had; with
+        `before_mb`, what it had before the call.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_report, args=(theirs, call, *arguments))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise RuntimeError(f"{call.__name__} failed in its process; see above") from None
+    finally:
+        process.join()
+
+
+def _report(pipe: Any, call: Callable[..., None], *arguments: Any) -> None:
+    before, started, cpu = _memory("VmRSS"), time.perf_counter(), time.process_time()
+    call(*arguments)
+    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+    pipe.send({**seconds, "peak_mb": _memory("VmHWM"), "before_mb": before})
+
+
+def _memory(field: str) -> float:
+    """MB of this process: VmRSS now, VmHWM at its highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field))) / 1024
 
 
 def gemm_peak(dtype: torch.dtype, rounds: int = 10) -> float:

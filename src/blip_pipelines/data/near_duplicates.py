@@ -86,8 +86,10 @@ def candidates(hashes: np.ndarray, quadrants: np.ndarray, brightness: np.ndarray
         buckets = hashes & np.uint64(sum(1 << place for place in places))
         order = np.lexsort((brightness, buckets))
         buckets = buckets[order]
-        for step in range(1, min(_NEIGHBOURS, len(order) - 1) + 1):
-            same = np.flatnonzero(buckets[step:] == buckets[:-step])
+        same = np.arange(len(order))
+        for step in range(1, _NEIGHBOURS + 1):
+            same = same[: np.searchsorted(same, len(order) - step)]
+            same = same[buckets[same + step] == buckets[same]]  # of one bucket, with all between them
             if len(same) == 0:
                 break
             one, other = order[same], order[same + step]
@@ -105,17 +107,22 @@ def quadrants_of(thumbnails: np.ndarray) -> np.ndarray:
 
 
 def _read(indexes: Sequence[Path], images: np.ndarray) -> _Images:
-    parts = [_Images(*(np.empty(shape, kind) for shape, kind in ((0, "u8"), (0, "u8"), ((0, 12), "u1"), (0, "f4"))))]
-    for path in indexes:
+    count = len(images)
+    hashes, quadrants = np.zeros(count, np.uint64), np.zeros((count, 12), np.uint8)
+    brightness, is_known = np.zeros(count, np.float32), np.zeros(count, bool)
+    for path in indexes if count else ():
         table = pq.read_table(path, columns=["key", "dhash", "thumbnail"])
         table = table.filter(pc.is_valid(table["key"]))
-        thumbnails = _pixels(table["thumbnail"])
-        brightness = thumbnails.mean(axis=1, dtype=np.float32) if len(thumbnails) else np.empty(0, np.float32)
-        parts.append(_Images(id_of(table["key"]), table["dhash"].to_numpy(), quadrants_of(thumbnails), brightness))
-    whole = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
-    ids, first = np.unique(whole[0], return_index=True)
-    first = first[np.isin(ids, images, assume_unique=True)]
-    return _Images(*(column[first] for column in whole))
+        ids = id_of(table["key"])
+        at = np.searchsorted(images, ids).clip(max=count - 1)
+        mine = np.flatnonzero((images[at] == ids) & ~is_known[at])  # the first of an image, wherever it is again
+        at, first = np.unique(at[mine], return_index=True)
+        mine = mine[first]
+        thumbnails = _pixels(table["thumbnail"].take(pa.array(mine)))
+        hashes[at], quadrants[at] = table["dhash"].to_numpy()[mine], quadrants_of(thumbnails)
+        brightness[at], is_known[at] = thumbnails.mean(axis=1, dtype=np.float32) if len(mine) else 0, True
+    whole = images, hashes, quadrants, brightness
+    return _Images(*(whole if is_known.all() else (column[is_known] for column in whole)))
 
 
 def _thumbnails(indexes: Sequence[Path], ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -83,13 +83,13 @@ def summarise(pairs: Path, images: Path) -> dict[str, pa.Table]:
     """
     manifest = storage.read_json(pairs / MANIFEST)
     paths = [pairs / shard["name"] for shard in manifest["shards"]]
-    rows = _read_rows(paths)
-    ids, starts, counts = np.unique(rows["key"], return_index=True, return_counts=True)
-    by_image = np.argsort(rows["key"], kind="stable")
-    ends = np.cumsum(counts) - counts
-    in_splits = np.bitwise_or.reduceat(rows["split"][by_image], ends) if len(ids) else np.empty(0, np.uint8)
-    splits, relatives = np.bitwise_count(in_splits), rows["related_key"][starts]
-    texts, of_text = _images_per_text(rows["text"], rows["key"])
+    rows, totals = _read_rows(paths)
+    count = len(rows["split"])
+    of_split = {f"{name}_rows": [int((rows["split"] == 1 << bit).sum())] for bit, name in enumerate(_SPLITS)}
+    texts, of_text = _images_per_text(rows.pop("text"), rows["key"])
+    ids, counts, in_splits, relatives = _by_image(rows)
+    del rows  # what follows takes memory of its own
+    splits = np.bitwise_count(in_splits)
     leaked = (splits > 1) & (in_splits & _TRAIN > 0)
     alike = _unrelated(sorted(images.glob("*.parquet")), ids, in_splits, relatives)
 
@@ -97,7 +97,6 @@ def summarise(pairs: Path, images: Path) -> dict[str, pa.Table]:
     by_split, by_leak = _worst(splits), np.flatnonzero(leaked)[_worst(splits[leaked])]
     named = np.unique(np.concatenate([ids[per_image], ids[by_split], ids[by_leak], alike["ids"].ravel()]))
     names = _names(paths, named, np.sort(texts[per_text]))
-    sums = rows["split"]
     return {
         "captions_per_image": _table(names.of_images(ids[per_image]), captions=counts[per_image]),
         "images_per_caption": _table(names.of_texts(texts[per_text]), images=of_text[per_text]),
@@ -106,18 +105,21 @@ def summarise(pairs: Path, images: Path) -> dict[str, pa.Table]:
         "near_duplicates": _pairs_table(alike, names),
         "data_set": pa.table(
             {
-                "rows": [len(sums)],
-                "missing_rows": [manifest["rows"] - len(sums)],
-                **{f"{name}_rows": [int((sums == 1 << bit).sum())] for bit, name in enumerate(_SPLITS)},
+                "rows": [count],
+                "missing_rows": [manifest["rows"] - count],
+                **of_split,
             }
         ),
-        "shares": pa.table({name: [total / max(len(sums), 1)] for name, total in rows["totals"].items()}),
+        "shares": pa.table({name: [total / max(count, 1)] for name, total in totals.items()}),
     }
 
 
-def _read_rows(paths: list[Path]) -> dict[str, Any]:
-    """Of all rows: ids of key, text and related_key, (rows,) uint64; a bit for the split; and totals for the shares."""
-    parts: list[dict[str, np.ndarray]] = []
+def _read_rows(paths: list[Path]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Of all rows ids of key, text and related_key, (rows,) uint64, and a bit for the split; totals for the shares."""
+    counts = [pq.read_metadata(path).num_rows for path in paths]
+    kinds = {"key": np.uint64, "text": np.uint64, "related_key": np.uint64, "split": np.uint8}
+    columns = {name: np.empty(sum(counts), kind) for name, kind in kinds.items()}
+    first = 0
     totals = {"foreign": 0, "file_name": 0, "one_word": 0, "narrow": 0}
     is_foreign, is_file_name = re.compile(NOT_ENGLISH).search, re.compile(FILE_NAME).search
     bit_of = {name: 1 << bit for bit, name in enumerate(_SPLITS)}
@@ -125,23 +127,28 @@ def _read_rows(paths: list[Path]) -> dict[str, Any]:
         table = pq.read_table(path, columns=["key", "caption", "split", "related_key", "width", "height"])
         splits = table["split"].combine_chunks().dictionary_encode()
         bits = np.array([bit_of.get(name, 128) for name in splits.dictionary.to_pylist()], np.uint8)
-        parts.append(
-            {
-                "key": id_of(table["key"]),
-                "text": id_of(pc.utf8_lower(table["caption"])),
-                "related_key": id_of(table["related_key"]),
-                "split": bits[splits.indices.to_numpy(zero_copy_only=False)] if len(bits) else np.empty(0, np.uint8),
-            }
-        )
+        here = slice(first, first := first + table.num_rows)
+        columns["key"][here], columns["text"][here] = id_of(table["key"]), id_of(pc.utf8_lower(table["caption"]))
+        columns["related_key"][here] = id_of(table["related_key"])
+        if len(bits):
+            columns["split"][here] = bits[splits.indices.to_numpy(zero_copy_only=False)]
         captions = table["caption"].to_pylist()
         totals["foreign"] += sum(is_foreign(caption) is not None for caption in captions)
         totals["file_name"] += sum(is_file_name(caption) is not None for caption in captions)
         totals["one_word"] += sum(" " not in caption for caption in captions)
         sides = np.stack([table["width"].to_numpy(), table["height"].to_numpy()])
         totals["narrow"] += int((sides.max(0) > _NARROW * sides.min(0)).sum())
-    empty = {"key": np.uint64, "text": np.uint64, "related_key": np.uint64, "split": np.uint8}
-    columns = {name: np.concatenate([np.empty(0, kind), *(p[name] for p in parts)]) for name, kind in empty.items()}
-    return {**columns, "totals": totals}
+    return columns, totals
+
+
+def _by_image(rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(images,) ids, ascending; of each its rows, the bits of their splits, and the id of its relatives."""
+    order = np.argsort(rows["key"], kind="stable")
+    keys = rows["key"][order]
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)])
+    counts = np.diff(starts, append=len(keys)).astype(np.int32)
+    in_splits = np.bitwise_or.reduceat(rows["split"][order], starts) if len(starts) else np.empty(0, np.uint8)
+    return keys[starts], counts, in_splits, rows["related_key"][order[starts]]
 
 
 def _images_per_text(texts: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

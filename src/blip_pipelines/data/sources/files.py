@@ -16,7 +16,7 @@ from blip_pipelines.data.sources.grouped_rows import GroupedRows
 ORIGINS = ("human", "web", "synthetic")
 SPLITS = ("train", "val", "test")
 _OPTIONS = "ingestion.source.options"
-_KNOWN = 4096  # images whose place was checked; the captions of one mostly follow one another
+_KNOWN = 256  # images whose place was checked; the captions of one mostly follow one another
 
 
 class Row(NamedTuple):
