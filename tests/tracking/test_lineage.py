@@ -127,8 +127,12 @@ def test_two_versions_are_compared_by_what_they_reach_and_what_made_them(project
     said = project.run("kedro", "compare", f"models:/{NAME}/2", f"models:/{NAME}/1")
     assert any(line.startswith("cider        all") for line in said.splitlines())
     assert "med_pretraining.training.steps: 3 (new), 2 (old)" in said and "reads other pairs" not in said
-    said = project.run("kedro", "compare", f"models:/{NAME}/3", f"models:/{NAME}/2", "--by", "length")
+    page = project.root / "compared.html"
+    said = project.run(
+        *("kedro", "compare", f"models:/{NAME}/3", f"models:/{NAME}/2", "--by", "length", "--page", str(page))
+    )
     assert "words" in said and "med_pretraining reads other pairs" in said
+    assert "words" in page.read_text("utf-8") and "med_pretraining reads other pairs" in page.read_text("utf-8")
 
 
 def test_a_caption_is_looked_up_in_the_version_that_is_asked_not_in_the_project_of_today(project):

@@ -10,10 +10,7 @@ import click
 from blip_pipelines.commands.project import configuration, env_option, friendly, open_store, project_root
 
 if TYPE_CHECKING:
-    from blip_pipelines.evaluation.bootstrap import Difference
     from blip_pipelines.evaluation.scores import Scores
-
-DRAWS = 10_000
 
 
 @click.command()
@@ -22,15 +19,17 @@ DRAWS = 10_000
 @click.option(
     "--by", type=click.Choice(["subset", "source", "category", "length"]), default="subset", show_default=True
 )
+@click.option("--page", type=click.Path(path_type=Path), help="Also write it there, as a page for a browser.")
 @env_option
-def compare(new: str, old: str, by: str, env: str) -> None:
+def compare(new: str, old: str, by: str, page: Path | None, env: str) -> None:
     """Compare NEW with OLD (each models:/NAME@ALIAS or models:/NAME/VERSION), sample by sample.
 
     A difference is significant where its paired 95 % bootstrap interval leaves out 0. Below it, the parameters, data
     and code in which the two differ.
     """
+    from blip_pipelines.data.storage import write_atomic
+    from blip_pipelines.evaluation.versions import as_page, as_text, compared
     from blip_pipelines.tracking import registry
-    from blip_pipelines.tracking.registry import RegistryError
 
     store = open_store(env)
     with friendly(), tempfile.TemporaryDirectory() as folder:
@@ -38,13 +37,17 @@ def compare(new: str, old: str, by: str, env: str) -> None:
         found = [_scores(store, version, Path(folder) / str(place)) for place, version in enumerate(versions)]
         if by != "subset":
             found = [_sliced(scores, by, env) for scores in found]
-        for line in _differences(found[0], found[1], by):
-            click.echo(line)
         try:
-            for line in _origins(store, (new, old), Path(folder)):
-                click.echo(line)
-        except RegistryError as error:
-            click.echo(f"origins not compared: {error}")
+            origins = list(_origins(store, (new, old), Path(folder)))
+        except registry.RegistryError as error:
+            origins = [f"origins not compared: {error}"]
+        rows = compared(found[0], found[1])
+        for line in as_text(rows, by, origins):
+            click.echo(line)
+        if page is not None:
+            names = [f"{version.name} version {version.version}" for version in versions]
+            write_atomic(page, as_page(rows, by, origins, names[0], names[1]))
+            click.echo(f"\nwritten to {page}")
 
 
 def _scores(store: Any, version: Any, into: Path) -> "Scores":
@@ -65,36 +68,12 @@ def _sliced(scores: "Scores", by: str, env: str) -> "Scores":
     return sliced(scores, by, rows_of(scores, pairs))
 
 
-def _differences(new: "Scores", old: "Scores", by: str) -> Iterator[str]:
-    from blip_pipelines.evaluation.comparison import compare_scores
-
-    yield f"{'measure':12s} {by:16s} {'new':>8s} {'old':>8s} {'change':>9s}  {'95 % interval':22s} samples"
-    for name in sorted(new.keys() | old.keys()):
-        ours, theirs = new.get(name, {}), old.get(name, {})
-        metric, part = name
-        if ours.keys() != theirs.keys():
-            yield f"{metric:12s} {part:16s} measured on {len(ours)} and {len(theirs)} other samples: not compared"
-            continue
-        ((_, change),) = compare_scores({name: ours}, {name: theirs}, DRAWS).items()
-        means = [sum(samples.values()) / len(samples) for samples in (ours, theirs)]
-        interval = f"{change.low:+.3f} to {change.high:+.3f}"
-        yield (
-            f"{metric:12s} {part:16s} {means[0]:8.3f} {means[1]:8.3f} {change.mean:+9.3f}  {interval:22s} "
-            f"{len(ours):<7d} {_verdict(change)}".rstrip()
-        )
-
-
-def _verdict(change: "Difference") -> str:
-    return "better" if change.low > 0 else "worse" if change.high < 0 else ""
-
-
 def _origins(store: Any, uris: tuple[str, str], into: Path) -> Iterator[str]:
     """Parameters, data and code in which the two differ."""
     from blip_pipelines.evaluation.lineage import flat
     from blip_pipelines.tracking.lineage import read
 
     new, old = (read(store, uri, into / f"lineage{place}") for place, uri in enumerate(uris))
-    yield ""
     for stage in dict.fromkeys([*new.stages, *old.stages]):
         records = [each.record["stages"].get(stage, {}) for each in (new, old)]
         settings = [dict(flat(record.get("parameters", {}))) for record in records]

@@ -63,4 +63,5 @@ def _cells(by_slice: Scores, metric: str, name: str) -> list[str]:
     values_S = np.array([samples[sample] for sample in sorted(samples)])
     mean = bootstrap_difference(values_S, np.zeros_like(values_S), DRAWS)
     write = METRICS[metric][1]
-    return [write(mean.mean), f"{write(mean.low)} to {write(mean.high)}", f"{len(samples):,}"]
+    low = write(mean.low).removesuffix(" %")
+    return [write(mean.mean), f"{low} to {write(mean.high)}", f"{len(samples):,}"]
