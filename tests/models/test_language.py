@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from blip_pipelines.models.frozen import weights_hash
 from blip_pipelines.models.language import LanguageConfig, LanguageError, LanguageModel, dense_folder, open_language
+from blip_pipelines.models.language_attention import widen_attention
 from blip_pipelines.models.precision import is_half
 
 KINDS = ["opt", "llama", "t5"]
@@ -176,6 +177,32 @@ def test_half_precision_weights_are_loaded_not_cast(tmp_path):
     assert soft.grad.dtype == torch.float32
     relative = (states.float() - exact.hidden(soft, ids))[mask[:, 1:]].norm() / states.float()[mask[:, 1:]].norm()
     assert relative < 0.05  # some twenty roundings of 2^-9 in a row
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_attention_in_half_precision_is_near_the_exact_gradient_as_stock_attention_is(kind, tmp_path):
+    stock = language_stock(kind).to(torch.bfloat16)
+    language = LanguageModel(stock, spoken_tokenizer())
+    ids = torch.tensor([[language.tokenizer.start, 5, 6, 7, language.tokenizer.end]])
+
+    def gradient() -> torch.Tensor:
+        states = prefix(language, rows=1).requires_grad_()
+        found = language.hidden(states, ids).float()
+        (found * torch.linspace(-1, 1, found.numel()).sin().view_as(found)).sum().backward()
+        return states.grad
+
+    assert stock.config._attn_implementation == "sdpa_or_float32"
+    ours = gradient()
+    stock.set_attn_implementation("sdpa")
+    theirs = gradient()
+    stock.float()
+    exact = gradient()
+    assert not torch.equal(ours, theirs)
+    for found in (ours, theirs):
+        assert (found - exact).norm() < 0.1 * exact.norm()
+    widen_attention(stock)
+    stock.save_pretrained(tmp_path)
+    assert "sdpa_or_float32" not in (tmp_path / "config.json").read_text()
 
 
 @pytest.mark.parametrize(("gpu", "amx", "expected"), [(True, False, True), (False, True, True), (False, False, False)])
