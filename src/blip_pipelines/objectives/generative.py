@@ -142,10 +142,11 @@ class ProjectionWarmStart(nn.Module):
         word_BQ, is_asked_BQ = self._words(batch)
         word_R, is_asked_R = word_BQ.flatten(), is_asked_BQ.flatten()
         candidates_V = self.ranks.gather(word_BQ).unique()
-        table_VW = at_least_float32(self.blip2.language.embed(candidates_V))
-        square_RV = soft_RW.square().sum(1, keepdim=True) - 2 * soft_RW @ table_VW.T + table_VW.square().sum(1)
-        distance_RV = square_RV / (soft_RW.shape[1] * self.variance)
         place_R = torch.searchsorted(candidates_V, word_R)
+        with torch.autocast(soft_RW.device.type, enabled=False):  # differences of squares
+            table_VW = at_least_float32(self.blip2.language.embed(candidates_V))
+            square_RV = soft_RW.square().sum(1, keepdim=True) - 2 * soft_RW @ table_VW.T + table_VW.square().sum(1)
+        distance_RV = square_RV / (soft_RW.shape[1] * self.variance)
         own_R = distance_RV.gather(1, place_R[:, None])[:, 0]
         nearest_R = cross_entropy(-SHARPNESS * distance_RV, place_R, reduction="none")
 
