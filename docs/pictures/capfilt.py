@@ -51,7 +51,7 @@ def main() -> None:
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
             text = textwrap.fill(f"{captions[row]} ({probability[row]:.2f})", 22)
-            axes.set_title(text, y=-0.02, va="top", fontsize=7, color="black" if is_right[row] else WRONG)
+            axes.set_xlabel(text, fontsize=7, color="black" if is_right[row] else WRONG)
         rows_of_axes[line][0].set_ylabel(f"{source},\n{'kept' if stays else 'dropped'}", fontsize=9)
     above.suptitle("Captions that CapFilt kept and dropped, drawn at random; in red those that are wrong", fontsize=10)
 

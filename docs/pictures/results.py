@@ -61,7 +61,7 @@ def main() -> None:
     axes.set_xlim(0, 110)
     axes.set_xlabel("% on the test half")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.1), ncols=2, frameon=False)
+    axes.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 1.1), ncols=2, frameon=False)
     figure.savefig(Path(__file__).with_name("results.png"), dpi=110)
 
 
