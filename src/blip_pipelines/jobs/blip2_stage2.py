@@ -20,21 +20,19 @@ from torch import nn
 
 from blip_pipelines.config import read, speed_only
 from blip_pipelines.data.pairs import Pairs
-from blip_pipelines.data.storage import write_json
 from blip_pipelines.jobs.blip2_parts import Blip2Parts
 from blip_pipelines.jobs.language_probe import LanguageProbe, ProbeConfig
 from blip_pipelines.jobs.receipt import OUTPUTS
-from blip_pipelines.jobs.training_data import batches_of
+from blip_pipelines.jobs.training_data import batches_of, keep_training
 from blip_pipelines.jobs.warm_start import SHOWN, WarmStartConfig, folder_of, renamed
 from blip_pipelines.models.blip2 import Blip2, Blip2Config
 from blip_pipelines.models.blip2_exports import export_blip2
 from blip_pipelines.models.language import LanguageConfig
 from blip_pipelines.models.qformer_start import QFormerStartConfig
 from blip_pipelines.objectives.generative import GenerativeConfig, GenerativePretraining, ProjectionWarmStart
-from blip_pipelines.training import checkpoint
 from blip_pipelines.training.checkpoint import Rows
 from blip_pipelines.training.distributed import World
-from blip_pipelines.training.loop import CHECKPOINTS, TrainingConfig, TrainingError, train
+from blip_pipelines.training.loop import TrainingConfig, TrainingError, train
 from blip_pipelines.training.optimizer import OptimizerConfig
 
 
@@ -123,15 +121,12 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
     if changed := [name for name in before if after[name] != before[name]]:
         raise TrainingError(f"the frozen {' and '.join(changed)} changed during training; report this, use no output")
     if world.is_first:
-        outputs = work / OUTPUTS
         export_blip2(
-            *(parts.former, outputs, parts.tower, parts.start.tokenizer, asdict(parts.images.config)),
+            *(parts.former, work / OUTPUTS, parts.tower, parts.start.tokenizer, asdict(parts.images.config)),
             model=model,
             temperature=parts.start.temperature,
         )
-        checkpoint.copy_newest(work / CHECKPOINTS, outputs / "checkpoint")
-        write_json(outputs / checkpoint.HISTORY, history)
-        parts.images.note_gain(work, training)
+        keep_training(work, history, parts.images, training)
     trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     return {
         "rows": len(train_pairs),

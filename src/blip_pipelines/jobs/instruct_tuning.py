@@ -23,11 +23,11 @@ from blip_pipelines.data.instruction_loader import InstructionLoader
 from blip_pipelines.data.instruction_tokens import InstructionTokens, TokenLimits
 from blip_pipelines.data.instructions import Instructions
 from blip_pipelines.data.mixture import InstructionOrder
-from blip_pipelines.data.storage import StorageError, write_json
+from blip_pipelines.data.storage import StorageError
 from blip_pipelines.data.transforms import ImageConfig
 from blip_pipelines.jobs.instruction_probe import InstructionProbe, ProbeConfig
 from blip_pipelines.jobs.receipt import OUTPUTS
-from blip_pipelines.jobs.training_data import Images
+from blip_pipelines.jobs.training_data import Images, keep_training
 from blip_pipelines.jobs.warm_start import SHOWN, WarmStartConfig, folder_of, renamed
 from blip_pipelines.models.blip2 import Blip2
 from blip_pipelines.models.blip2_exports import ExportedBlip2, export_blip2, load_blip2
@@ -35,10 +35,9 @@ from blip_pipelines.models.frozen import weights_hash
 from blip_pipelines.models.published import PublishedConfig, open_published
 from blip_pipelines.objectives.generative import ProjectionWarmStart
 from blip_pipelines.objectives.instruct import CUT, InstructConfig, InstructionTuning
-from blip_pipelines.training import checkpoint
 from blip_pipelines.training.checkpoint import Rows
 from blip_pipelines.training.distributed import World
-from blip_pipelines.training.loop import CHECKPOINTS, TrainingConfig, TrainingError, train
+from blip_pipelines.training.loop import TrainingConfig, TrainingError, train
 from blip_pipelines.training.optimizer import OptimizerConfig
 
 logger = logging.getLogger(__name__)
@@ -139,15 +138,12 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
     if changed := [name for name in before if after[name] != before[name]]:
         raise TrainingError(f"the frozen {' and '.join(changed)} changed during training; report this, use no output")
     if world.is_first:
-        outputs = work / OUTPUTS
         export_blip2(
-            *(model.former, outputs, start.tower, start.tokenizer, start.image),
+            *(model.former, work / OUTPUTS, start.tower, start.tokenizer, start.image),
             model=model,
             temperature=start.temperature,
         )
-        checkpoint.copy_newest(work / CHECKPOINTS, outputs / "checkpoint")
-        write_json(outputs / checkpoint.HISTORY, history)
-        images.note_gain(work, training)
+        keep_training(work, history, images, training)
     trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     return {
         "rows": len(rows),
