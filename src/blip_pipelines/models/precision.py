@@ -1,4 +1,4 @@
-"""In which precision matrix products run: what the parameters say, or what is fastest on this machine."""
+"""In which precision matrix products run: as the parameters say, or half where this machine has units for it."""
 
 from typing import Literal
 
@@ -8,7 +8,10 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def is_half(precision: Precision) -> bool:
-    """Whether it is bfloat16. `auto`: where a GPU or the CPU (AMX) has matrix units for it; elsewhere it is slower."""
+    """Whether it is bfloat16. `auto`: where a GPU or the CPU (AMX) has matrix units for it; elsewhere it is slower.
+
+    With AMX that pays for large products of few shapes, as of a language model; each new shape is compiled anew.
+    """
     if precision == "auto":
         return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
     return precision == "bfloat16"

@@ -49,7 +49,7 @@ class TrainingConfig:
     Args:
         batch_samples_global: of one optimizer step, over all ranks and micro-steps.
         accumulation: micro-steps of an optimizer step; ITC's candidates are those of one micro-step.
-        precision: of the matrix products under autocast; parameters and losses are float32. `auto`: the faster one.
+        precision: of the matrix products under autocast; parameters and losses are float32. See `Precision`.
         clip_norm: largest norm of the gradient; 0 does not clip.
         compile: the layers; a resumed run may then compile for other shapes and be equal to rounding only.
         history_every_steps: losses kept for the curves.
