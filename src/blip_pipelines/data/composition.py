@@ -18,7 +18,7 @@ from blip_pipelines.config import ConfigError
 from blip_pipelines.data.pairs import Pairs, write_pairs
 from blip_pipelines.data.records import PAIR_SCHEMA
 from blip_pipelines.data.storage import StorageError
-from blip_pipelines.data.tables import read_shard
+from blip_pipelines.data.table_shards import read_shard
 
 REPEATS = "repeats a kept caption of its image"  # the reason of a caption that is dropped though it passed
 

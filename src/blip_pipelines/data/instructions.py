@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from blip_pipelines.data import storage
+from blip_pipelines.data.image_rows import ImageRows
 from blip_pipelines.data.records import PAIR_SCHEMA
 from blip_pipelines.data.storage import MANIFEST, StorageError
-from blip_pipelines.data.tables import ImageRows, write_table
+from blip_pipelines.data.table_shards import write_table
 
 OWN_IMAGES = "own_images"  # in the manifest: the table's pictures are its own and lie beside it
 

@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.features import FeatureCache
+from blip_pipelines.data.image_rows import ImageRows
 from blip_pipelines.data.images import decode
 from blip_pipelines.data.order import Order, draw
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.prefetch import Prefetch
 from blip_pipelines.data.records import Refused
 from blip_pipelines.data.storage import StorageError
-from blip_pipelines.data.tables import ImageRows
 from blip_pipelines.data.transforms import ImageConfig, augment_crop, crop_box, to_pixels
 
 # A reduced JPEG decode keeps at least this many pixels per pixel of the view, so that the bicubic filter decides.

@@ -1,4 +1,4 @@
-"""The caption table of a data set: a row is a caption of a stored image (see `tables`)."""
+"""The caption table of a data set: a row is a caption of a stored image (see `image_rows`)."""
 
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from blip_pipelines.data.image_rows import ImageRows
 from blip_pipelines.data.records import PAIR_SCHEMA
-from blip_pipelines.data.tables import ImageRows, write_table
+from blip_pipelines.data.table_shards import write_table
 
 
 def write_pairs(

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from blip_pipelines.data.records import PAIR_SCHEMA
-from blip_pipelines.data.tables import read_shard
+from blip_pipelines.data.table_shards import read_shard
 from blip_pipelines.evaluation.scores import Sample, Scores
 
 WAYS = ("source", "category", "length")

@@ -9,12 +9,12 @@ from typing import Protocol
 import numpy as np
 
 from blip_pipelines.config import ConfigError
+from blip_pipelines.data.image_rows import ImageRows
 from blip_pipelines.data.loader import DecodedPixels, FrozenFeatures, Loader, ReadImages, Tokenize
 from blip_pipelines.data.order import Order
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.sources.packages import checksums, read_member, wheel_path
 from blip_pipelines.data.storage import read_json, write_json
-from blip_pipelines.data.tables import ImageRows
 from blip_pipelines.data.tokens import CaptionTokenizer, prune_vocabulary
 from blip_pipelines.data.transforms import ImageConfig
 from blip_pipelines.jobs.frozen_features import Features, FrozenEncoder, fill_features
