@@ -1,6 +1,8 @@
 import json
 import math
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,31 @@ def test_everything_of_the_store_lies_in_its_folder(store, tmp_path):
     folder = Path(store.uri.removeprefix("sqlite:///")).parent
     assert Path(store.client.get_run(run.id).info.artifact_uri).is_relative_to(folder / "artifacts")
     assert [file.path for file in store.client.list_artifacts(run.id)] == ["page.html"]
+
+
+def test_processes_that_start_at_once_in_a_fresh_project_wait_while_one_creates_the_store(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code = """
+import sys
+from pathlib import Path
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from blip_pipelines.tracking.runs import Store
+print("ready", flush=True)
+sys.stdin.readline()
+store = Store(Path(sys.argv[1]), "tests")
+print(store.start("run").id)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "mlruns")]
+    pipe = subprocess.PIPE
+    started = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(3)]
+    assert [process.stdout.readline() for process in started] == ["ready\n"] * 3
+    for process in started:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    store = Store(tmp_path / "mlruns", "tests")
+    assert {run.info.run_id for run in store.client.search_runs([store.experiment])} == {out.strip() for out, _ in said}
 
 
 def test_child_names_its_parent(store):

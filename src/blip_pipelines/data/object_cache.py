@@ -4,18 +4,17 @@ An object is fetched once, whoever asks first; what was used longest ago goes wh
 open, so what is removed is really gone, and the disk holds no more than the bound.
 """
 
-import fcntl
 import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from blip_pipelines.data.object_requests import ObjectStoreConfig
 from blip_pipelines.data.object_store import ObjectStore
-from blip_pipelines.data.storage import StorageError
+from blip_pipelines.data.storage import StorageError, locked
 
 _LOCKS = 256
 _ABANDONED_SECONDS = 86_400  # a half-fetched file this old belongs to no living process
@@ -104,13 +103,8 @@ class ObjectCache:
                 file.truncate(size)
             return True
 
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        """Held by one thread of one process of the machine; the system releases what a killed process held."""
-        (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".locks" / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        return locked(self.folder / ".locks" / name)
 
 
 def _touch(path: Path) -> bool:

@@ -1,9 +1,10 @@
-"""Bytes on disk: atomic writes and content hashes.
+"""Bytes on disk: atomic writes, content hashes, and locks.
 
 Every file this project leaves behind is written under a temporary name, flushed to the disk and renamed,
 so that a reader sees the old file or the new one and never half of it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -100,6 +101,15 @@ def content_hash(path: Path) -> str:
     for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
         digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Held by one thread of one process of the machine; the system releases what a killed process held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from blip_pipelines.data.storage import locked
 from blip_pipelines.tracking.moved import follow
 
 ROWS_PER_CALL = 900  # MLflow takes at most 1000 metrics in one call
@@ -31,16 +32,19 @@ class Store:
     """
 
     def __init__(self, folder: Path, experiment: str):
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+        if not self.uri.startswith("sqlite:///"):
+            self._open(experiment, None)
+            return
+        database = Path(self.uri.removeprefix("sqlite:///")).resolve()
+        with locked(database.with_name(f".{database.name}.lock")):  # MLflow lets two processes create it at once, badly
+            follow(database)
+            self._open(experiment, (database.parent / "artifacts").as_posix())
+
+    def _open(self, experiment: str, artifacts: str | None) -> None:
         from mlflow import MlflowClient
 
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
-        artifacts = None
-        if self.uri.startswith("sqlite:///"):
-            database = Path(self.uri.removeprefix("sqlite:///")).resolve()
-            database.parent.mkdir(parents=True, exist_ok=True)
-            artifacts = (database.parent / "artifacts").as_posix()
-            follow(database)
-        self.client = MlflowClient(self.uri)
+        self.client = MlflowClient(self.uri)  # creates the tables of a new file
         found = self.client.get_experiment_by_name(experiment)
         self.experiment = found.experiment_id if found else self.client.create_experiment(experiment, artifacts)
 
