@@ -64,10 +64,13 @@ def roll_back(store: Store, name: str, because: str) -> tuple[str, str]:
     The withdrawn version is not promoted again by the gate.
 
     Raises:
-        RegistryError: there is no champion, or none before it.
+        RegistryError: the name is unknown, or there is no champion, or none before it.
     """
     versions = history(store, name)
     if len(versions) < 2:
+        names = sorted(model.name for model in store.client.search_registered_models())
+        if name not in names:
+            raise RegistryError(f"{name}: no such model; there are {', '.join(names) or 'none yet'}")
         known = f"only version {versions[0]} has been one" if versions else "none has been promoted"
         raise RegistryError(f"{name}: no champion to go back to, {known}")
     *earlier, withdrawn = versions
