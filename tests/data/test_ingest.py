@@ -57,6 +57,13 @@ def _refused(out):
     return {(row["member"], row["reason"]) for row in pq.read_table(out / "quarantine.parquet").to_pylist()}
 
 
+def _account(out, counts):
+    """Captions kept, and refused by reason, as the counts, the tables and the quarantine say alike."""
+    refused = Counter(row["reason"] for row in pq.read_table(out / "quarantine.parquet").to_pylist())
+    assert counts["rows"] == len(_rows(out)) and counts["quarantined"] == refused
+    return counts["rows"], dict(refused)
+
+
 def _bytes(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -117,9 +124,36 @@ def test_what_is_no_picture_is_quarantined_by_name_and_reason_and_every_caption_
     (source / "empty.png").write_bytes(b"")
     counts = _ingest(source, tmp_path / "out")
     assert _refused(tmp_path / "out") == {(name, reason) for name, (_, reason) in HOSTILE.items()}
-    quarantine = pq.read_table(tmp_path / "out" / "quarantine.parquet")
-    assert quarantine.num_rows == 2 * len(HOSTILE) == sum(counts["quarantined"].values())
-    assert counts["rows"] == 1
+    assert _account(tmp_path / "out", counts) == (1, {reason: 2 for _, reason in HOSTILE.values()})  # of 15 captions
+
+
+def test_what_is_wrong_with_the_captions_file_costs_its_own_rows_alone(tmp_path):
+    source = _write_folder(tmp_path / "in", [*_plain(3), ("alone.png", "", "web", "train")])
+    (tmp_path / "secret.png").write_bytes(picture(9))
+    (source / "link.png").symlink_to(tmp_path / "secret.png")
+    lines = (source / "captions.csv").read_bytes().splitlines()[:4]
+    wrong = [
+        b"gone.png,no such file,web,train",
+        b"../secret.png,up and out,web,train",
+        b"/etc/hostname,elsewhere,web,train",
+        b"link.png,a link out,web,train",
+        b"0.png,caf\xe9,web,train",
+        b"1.png,a field too few,web",
+        b"2.png,by a robot,robot,train",
+        b"2.png,for development,web,dev",
+    ]
+    (source / "captions.csv").write_bytes(b"\n".join([*lines, *wrong]))
+    expected = {
+        "missing_image": 1,
+        "outside_folder": 3,
+        "invalid_utf8": 1,
+        "bad_row": 1,
+        "bad_origin": 1,
+        "bad_split": 1,
+        "no_caption": 1,  # the picture that no row names
+    }
+    assert sum(expected.values()) == len(wrong) + 1
+    assert _account(tmp_path / "out", _ingest(source, tmp_path / "out")) == (3, expected)
 
 
 def test_unusual_modes_and_rotations_are_converted_not_refused(tmp_path):
@@ -134,7 +168,7 @@ def test_unusual_modes_and_rotations_are_converted_not_refused(tmp_path):
         "turned.jpg": encode(Image.fromarray(ramp).convert("RGB"), "JPEG", exif=upright),
     }
     source = _write_folder(tmp_path / "in", [(name, name, "web", "train") for name in files], files=files)
-    assert _ingest(source, tmp_path / "out")["rows"] == len(files)
+    assert _account(tmp_path / "out", _ingest(source, tmp_path / "out")) == (len(files), {})
     pairs = Pairs.open(tmp_path / "out" / "pairs", tmp_path / "out" / "images")
     stored = {name: Image.open(io.BytesIO(pairs.image_bytes(row))) for row, name in enumerate(pairs.column("member"))}
     sizes = {row["member"]: (row["width"], row["height"]) for row in _rows(tmp_path / "out")}
@@ -147,7 +181,9 @@ def test_unusual_modes_and_rotations_are_converted_not_refused(tmp_path):
 def test_captions_that_no_model_should_see_are_quarantined_and_others_kept_as_written(tmp_path):
     texts = {"0.png": "  ", "1.png": "x" * 100_000, "2.png": "bell \x07", "3.png": "🦀 سلطعون", "4.png": "two\n lines "}
     source = _write_folder(tmp_path / "in", [(name, text, "web", "train") for name, text in texts.items()])
-    _ingest(source, tmp_path / "out")
+    counts = _ingest(source, tmp_path / "out")
+    expected = {"empty_caption": 1, "long_caption": 1, "control_character": 1}
+    assert _account(tmp_path / "out", counts) == (2, expected)
     assert _refused(tmp_path / "out") == {
         ("0.png", "empty_caption"),
         ("1.png", "long_caption"),

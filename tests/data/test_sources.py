@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from blip_pipelines.data.features import FeatureCache
 from blip_pipelines.data.ingest import DataSet, ingest
 from blip_pipelines.data.ingestion_plan import IngestionConfig
 from blip_pipelines.data.loader import DecodedPixels, Loader
-from blip_pipelines.data.object_requests import ObjectStoreError
+from blip_pipelines.data.object_requests import ObjectMissingError, ObjectStoreError
 from blip_pipelines.data.order import Order
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.places import open_place
@@ -240,19 +241,92 @@ def test_the_same_picture_in_two_archives_belongs_to_evaluation_and_is_stored_un
     assert refused(tmp_path / "out") == {"in_evaluation": 1}
 
 
-def test_an_object_that_vanishes_costs_its_rows_and_a_store_out_of_reach_costs_none(proxy, tmp_path):
+def test_an_object_that_vanishes_costs_its_own_rows_by_name(proxy, tmp_path):
     FORMATS["folder"].write(tmp_path / "source")
     url = proxy.server.put_folder(tmp_path / "source", "vanishing-folder")
     s3 = proxy.server.config(tmp_path / "cache", endpoint=proxy.endpoint, attempts=2)
-    proxy.faults = [Fault("vanish", 1, "GET", "deep/3.jpg"), Fault("status", 1, "GET", "deep/5.jpg", 503, "SlowDown")]
+    proxy.faults = [Fault("vanish", 1, "GET", "deep/3.jpg")]
     counts = take_in(url, "folder", {"captions": "sidecar"}, tmp_path / "out", s3)
     assert counts["rows"] == 7 and counts["quarantined"] == {"unreadable": 1} and not proxy.faults
     (lost,) = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
     assert lost["member"] == "deep/3.jpg" and f"s3://{BUCKET}/vanishing-folder/deep/3.jpg" in lost["error"]
-    proxy.faults = [Fault("status", None, "GET", "deep/5.jpg", 503, "SlowDown")]
-    with pytest.raises(
-        ObjectStoreError, match=r"deep/5.jpg: the store answers 503 SlowDown, in the last of 2 attempts"
-    ):
+
+
+def test_an_archive_that_vanishes_ends_in_its_name_and_a_run_after_its_return_has_every_row(proxy, tmp_path):
+    FORMATS["img2dataset"].write(tmp_path / "source")
+    url = proxy.server.put_folder(tmp_path / "source", "vanishing-tars")
+    s3 = proxy.server.config(tmp_path / "cache", endpoint=proxy.endpoint, attempts=2)
+    proxy.faults = [Fault("vanish", path="00001.tar")]
+    with pytest.raises(ObjectMissingError, match=f"^s3://{BUCKET}/vanishing-tars/00001.tar: there is no such object"):
+        take_in(url, "tars", {}, tmp_path / "out", s3)
+    assert not (tmp_path / "out" / "pairs").exists()
+    proxy.server.put_folder(tmp_path / "source", "vanishing-tars")
+    counts = take_in(url, "tars", {}, tmp_path / "out", s3)
+    assert (counts["rows"], counts["quarantined"]) == (6, {"not_downloaded": 2})
+    assert proxy.count("GET", "00000.tar") == 1  # what was finished stayed
+
+
+FAULTS = {
+    "errors": (Fault("status"), "the store answers 500 InternalError, in the last of 2 attempts"),
+    "slow-downs": (Fault("status", status=503, code="SlowDown"), "the store answers 503 SlowDown, in the last of 2"),
+    "broken connections": (Fault("reset"), "no answer"),
+    "truncated bodies": (Fault("truncated"), r"the answer broke off after \d+ of \d+ bytes"),
+    "wrong bytes": (Fault("wrong_bytes"), "what c[oa]me.* is not what its checksum says"),
+    "a trickle": (Fault("trickle"), r"only \d+ of \d+ bytes came in 1 s"),
+    "expired credentials": (Fault("status", status=400, code="ExpiredToken"), "the credentials have expired; renew"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("name", "kept", "lost"), [("folder", 8, {}), ("img2dataset", 6, {"not_downloaded": 2})], ids=["files", "archives"]
+)
+def test_faults_of_the_store_lose_no_row_and_lasting_ones_no_shard_that_was_finished(
+    proxy, tmp_path, name, kept, lost, fault
+):
+    kind, options, write = FORMATS[name]
+    write(tmp_path / "source")
+    url = proxy.server.put_folder(tmp_path / "source", f"faults/{name}")
+    s3 = proxy.server.config(tmp_path / "cache", endpoint=proxy.endpoint, attempts=2, timeout_seconds=1.0)
+
+    def take(out, cache):
+        found = take_in(url, kind, options, tmp_path / out, replace(s3, cache=str(tmp_path / cache)), shard_images=3)
+        assert (found["rows"], found["quarantined"]) == (kept, lost)
+        assert len(rows_of(tmp_path / out)) == kept and refused(tmp_path / out) == lost
+
+    what, message = FAULTS[fault]
+    proxy.faults = [replace(what, path=".jpg" if kind == "folder" else ".tar")]
+    take("passing", "cache of passing")
+    assert not proxy.faults  # it happened
+
+    last = max(rows_of(tmp_path / "passing"), key=lambda row: row["shard"])["member"]
+    last = last if kind == "folder" else f"{last.partition('/')[0]}.tar"
+    proxy.faults, proxy.requests = [replace(what, path=last, times=None)], []
+    with pytest.raises(ObjectStoreError, match=f"^s3://{BUCKET}/faults/{name}/{last}: {message}"):
+        take("lasting", "cache of lasting")
+    assert not (tmp_path / "lasting" / "pairs").exists()  # no table that would lack rows
+    done = contents(tmp_path / "lasting" / "images")
+    whole = contents(tmp_path / "passing" / "images")
+    finished = {file for file in done if file.startswith("0") and done[file] == whole.get(file)}
+    assert len(finished) == {"folder": 4, "img2dataset": 1}[name]  # of files the tars too, of archives an index
+
+    proxy.faults, proxy.requests = [], []
+    take("lasting", "cache of lasting")
+    assert contents(tmp_path / "lasting" / "images").keys() == whole.keys()
+    assert contents(tmp_path / "lasting" / "pairs") == contents(tmp_path / "passing" / "pairs")
+    assert proxy.count("GET", ".jpg" if kind == "folder" else ".tar") == (2 if kind == "folder" else 1)
+
+
+@pytest.mark.parametrize("fault", ["errors", "slow-downs", "broken connections", "truncated bodies", "wrong bytes"])
+def test_faults_of_a_listing_lose_no_row(proxy, tmp_path, fault):
+    FORMATS["folder"].write(tmp_path / "source")
+    url = proxy.server.put_folder(tmp_path / "source", "faults/listing")
+    s3 = proxy.server.config(tmp_path / "cache", endpoint=proxy.endpoint, attempts=2)
+    proxy.faults = [replace(FAULTS[fault][0], path="list-type=2")]
+    counts = take_in(url, "folder", {"captions": "sidecar"}, tmp_path / "out", s3)
+    assert (counts["rows"], counts["quarantined"], proxy.faults) == (8, {}, [])
+    proxy.faults = [replace(FAULTS[fault][0], path="list-type=2", times=None)]
+    with pytest.raises(ObjectStoreError, match=f"^s3://{BUCKET}/faults/listing/: .*, in the last of 2 attempts"):
         take_in(url, "folder", {"captions": "sidecar"}, tmp_path / "again", s3)
     assert not (tmp_path / "again" / "pairs").exists()
 

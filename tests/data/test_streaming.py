@@ -3,6 +3,7 @@
 import shutil
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def on_s3(proxy, tmp_path):
     for shard in shards:
         path = tmp_path / "s3" / "images" / shard.name
         urls[shard.name] = proxy.server.put(f"streamed/{shard.name}", path.read_bytes())
-        path.unlink()
+        (tmp_path / "s3" / "content").mkdir(exist_ok=True)
+        path.rename(tmp_path / "s3" / "content" / shard.name)
     held = 3 * shards[0].bytes
     config = proxy.server.config(tmp_path / "cache", endpoint=proxy.endpoint, cache_bytes=held, attempts=2)
     write_places(tmp_path / "s3" / "images", urls, config)
@@ -64,6 +66,13 @@ def arrays(steps):
     return [(b.pixels.numpy(), b.token_ids.numpy(), b.image_ids.numpy()) for (b,) in steps]
 
 
+def check(found, expected, steps):
+    """That these are the batches expected, so many."""
+    assert len(found) == len(expected) == steps
+    for one, other in zip(expected, found, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def held(folder):
     """Bytes in the cache, half-fetched objects included; the notes of room that is kept have a size and no blocks."""
     total = 0
@@ -81,9 +90,7 @@ def test_batches_are_those_from_disk_and_the_cache_keeps_its_bound(on_s3, worker
     for step in load(open_pairs(folder / "s3"), workers=workers):
         found += arrays([step])
         assert held(folder) <= limit
-    assert len(found) == len(expected) == 16  # an epoch has ten
-    for one, other in zip(expected, found, strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    check(found, expected, 16)  # an epoch has ten
 
 
 def test_a_resume_reads_the_shards_of_its_position_alone(on_s3):
@@ -128,20 +135,44 @@ def test_a_window_that_does_not_fit_the_cache_is_refused_before_training(on_s3):
         load(open_pairs(folder / "s3"), window=4)
 
 
+def test_passing_faults_change_no_batch(on_s3):
+    proxy, folder = on_s3
+    kinds = ("status", "truncated", "wrong_bytes", "reset")
+    proxy.faults = [Fault(kind, 1, "GET", f"{shard:05d}.tar") for shard, kind in enumerate(kinds)]
+    proxy.faults += [Fault("status", 1, "GET", "00004.tar", 503, "SlowDown")]
+    check(arrays(load(open_pairs(folder / "s3"))), arrays(load(open_pairs(folder / "disk"))), 16)
+    assert not proxy.faults
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (Fault("vanish", 1, "GET", ".tar"), "there is no such object"),
-        (Fault("status", None, "GET", ".tar", 400, "ExpiredToken"), "the credentials have expired; renew them"),
-        (Fault("wrong_bytes", None, "GET", ".tar"), r"content is \w+, \w+ was expected, 2 times"),
+        (Fault("vanish"), "there is no such object"),
+        (Fault("status", None), "the store answers 500 InternalError, in the last of 2 attempts"),
+        (Fault("status", None, status=503, code="SlowDown"), "the store answers 503 SlowDown, in the last of 2"),
+        (Fault("status", None, status=400, code="ExpiredToken"), "the credentials have expired; renew them"),
+        (Fault("truncated", None), r"the answer broke off after \d+ of \d+ bytes"),
+        (Fault("wrong_bytes", None), r"content is \w+, \w+ was expected, 2 times"),
     ],
+    ids=["vanished", "errors", "slow-downs", "expired", "truncated", "wrong bytes"],
 )
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_cannot_be_had_ends_training_with_the_name_of_object_and_row(on_s3, fault, message, workers):
+def test_a_shard_that_cannot_be_had_ends_training_by_name_and_a_resume_skips_no_batch(on_s3, fault, message, workers):
     proxy, folder = on_s3
-    proxy.faults = [Fault(**vars(fault))]
-    with pytest.raises(DataError, match=rf"000\d\d.tar, member .*: s3://{BUCKET}/streamed/000\d\d.tar: {message}"):
-        list(load(open_pairs(folder / "s3"), workers=workers))
+    pairs = open_pairs(folder / "s3")
+    lost = int(pairs.shards_of(Order(pairs.shard_rows, 3, 1).rows(0, 24))[-1])  # needed in the sixth batch
+    place = f"streamed/{lost:05d}.tar"
+    content = (folder / "s3" / "content" / f"{lost:05d}.tar").read_bytes()
+    proxy.faults = [replace(fault, path=place)]
+    found = []
+    with pytest.raises(DataError, match=rf"{lost:05d}.tar, member .*: s3://{BUCKET}/{place}: {message}"):
+        for step in load(pairs, workers=workers):
+            found += arrays([step])
+    assert len(found) < 6
+    proxy.faults = []
+    proxy.server.put(place, content)
+    found += arrays(load(open_pairs(folder / "s3"), workers=workers, start_step=len(found)))
+    check(found, arrays(load(open_pairs(folder / "disk"))), 16)
 
 
 def test_features_of_a_frozen_tower_are_computed_from_s3_and_then_read_without_it(on_s3):
