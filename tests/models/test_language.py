@@ -1,4 +1,6 @@
+import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from blip2_samples import language_stock, spoken_tokenizer, tiny_language
 from torch.nn.functional import cross_entropy
 
 from blip_pipelines.models.frozen import weights_hash
+from blip_pipelines.models.gguf import write_llama
 from blip_pipelines.models.language import LanguageConfig, LanguageError, LanguageModel, dense_folder, open_language
 from blip_pipelines.models.language_attention import widen_attention
 from blip_pipelines.models.precision import is_half
@@ -235,6 +238,16 @@ def test_a_wheel_with_gguf_becomes_a_folder_once(tmp_path, monkeypatch):
     ids = torch.arange(2, 10)[None]
     with torch.no_grad():
         assert torch.equal(language.model(ids).logits, source(ids).logits)
+
+    def write_late(content: bytes, staged: Path) -> None:  # another run is done first
+        write_llama(content, staged)
+        shutil.copytree(folder, other / folder.name)
+
+    other = tmp_path / "other"
+    with monkeypatch.context() as patched:
+        patched.setattr("blip_pipelines.models.language.write_llama", write_late)
+        assert dense_folder(wheel, other) == other / folder.name
+    assert [each.name for each in other.iterdir()] == [folder.name]
     monkeypatch.setattr("blip_pipelines.models.language.write_llama", None)
     assert dense_folder(wheel, tmp_path / "work") == folder
     with zipfile.ZipFile(tmp_path / "none.whl", "w") as archive:

