@@ -95,10 +95,10 @@ def judge_ours(med: Med, pixels: Tensor, texts: Texts) -> Tensor:
     count = len(pixels)
     token_ids, token_mask = (torch.cat(parts) for parts in zip(*texts, strict=True))
     images, rows = np.tile(np.arange(count), len(texts)), np.arange(count * len(texts))
-    encoded = scoring.encode_images(med, [pixels])
-    return scoring.match_probabilities(scoring.match_logits(med, encoded, token_ids, token_mask, images, rows)).view(
-        len(texts), -1
+    logits = scoring.match_logits(
+        med, med.encode_image(pixels), token_ids, token_mask, images, rows, batch_images=count
     )
+    return scoring.match_probabilities(logits).view(len(texts), -1)
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from blip_pipelines.models.med import Med
 
 BATCH_TEXTS = 256
 BATCH_IMAGES = 64  # projected at once: at BLIP's full size their keys and values are about a gigabyte in float32
+GPU_BYTES = 2**31  # of keys and values at once on a GPU, which small batches leave idle
 
 
 class Sizes(Protocol):
@@ -83,15 +84,21 @@ def match_logits(
     token_mask_RT: Tensor,
     images_P: np.ndarray,
     texts_P: np.ndarray,
-    batch_pairs: int = BATCH_TEXTS,
-    batch_images: int = BATCH_IMAGES,
+    batch_pairs: int | None = None,
+    batch_images: int | None = None,
 ) -> Tensor:
     """(P, 2) float32 ITM logits of not matching and matching, for pairs of an image index and a text index.
 
     Args:
-        image_IND: what `encode_images` gives; its rows are moved to the model's device block by block.
+        image_IND: image tokens; their rows are moved to the model's device block by block.
+        batch_pairs: scored at once; None: as many as suit the device, as of batch_images.
+        batch_images: whose keys and values are there at once.
     """
     device = next(scorer.parameters()).device
+    if not len(images_P):
+        return torch.empty(0, 2)
+    at_once = None if device.type == "cpu" else _room(scorer.project_image(image_IND[:1].to(device)))
+    batch_pairs, batch_images = batch_pairs or at_once or BATCH_TEXTS, batch_images or at_once or BATCH_IMAGES
     logits_P2 = torch.empty(len(images_P), 2)
     lengths_R = token_mask_RT.sum(1).cpu().numpy()
     for pairs in _blocks(images_P, lengths_R[texts_P], batch_images):
@@ -112,10 +119,13 @@ def match_probabilities(logits_P2: Tensor) -> Tensor:
     return logits_P2.float().softmax(-1)[:, 1]
 
 
+def _room(image: KeysValues) -> int:
+    """How many have room at once, of which `image` is one."""
+    return max(GPU_BYTES // sum(states.nbytes for layer in image.layers for states in layer), 1)
+
+
 def _blocks(images_P: np.ndarray, lengths_P: np.ndarray, batch_images: int) -> Iterator[np.ndarray]:
     """Pair numbers, shortest text first, of `batch_images` distinct images at a time."""
-    if not len(images_P):
-        return
     _, order_of_image = np.unique(images_P, return_inverse=True)
     block_P = order_of_image // batch_images
     order = np.lexsort((lengths_P, block_P))

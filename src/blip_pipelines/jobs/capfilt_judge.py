@@ -95,6 +95,7 @@ def match_probabilities(judge: RankMed, images: Pairs, candidates: pa.Table, set
     captions = np.array(candidates["caption"].to_pylist(), dtype=object)
     probability = np.empty(len(candidates), np.float32)
     order = np.argsort(image_of_row, kind="stable")
+    device = next(judge.med.parameters()).device
     read_images = judge.reader(images)
     for batch, pixels in images_in_batches(read_images, len(images), settings.batch_images, settings.workers):
         first, last = np.searchsorted(image_of_row[order], [batch[0], batch[-1] + 1])
@@ -103,7 +104,7 @@ def match_probabilities(judge: RankMed, images: Pairs, candidates: pa.Table, set
         with judge.autocast():
             logits_P2 = scoring.match_logits(
                 judge.med,
-                scoring.encode_images(judge.med, [pixels]),
+                judge.med.encode_image(pixels.to(device)),
                 torch.from_numpy(token_ids),
                 torch.from_numpy(token_mask),
                 image_of_row[rows] - batch[0],
