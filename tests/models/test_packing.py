@@ -45,3 +45,28 @@ def test_packed_and_padded_passes_give_the_same_outputs_and_gradients():
         gradients = {name: p.grad for name, p in med.named_parameters() if p.grad is not None}
         results.append((first, states, gradients))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+def test_in_half_precision_padding_fills_rows_up_to_one_of_few_numbers():
+    ids = torch.arange(1, 601).view(30, 20)
+    for lengths in (torch.arange(30) % 16 + 4, torch.full((30,), 20) - (torch.arange(30) == 3).long()):
+        mask = torch.arange(20) < lengths[:, None]
+        with torch.autocast("cpu", torch.bfloat16):
+            rows = Rows.of(ids, mask)
+        words_R = rows.words_R
+        assert len(words_R) == min(-(-int(mask.sum()) // 64) * 64, 600)
+        assert (words_R.diff() > 0).all() and torch.isin(mask.flatten().nonzero()[:, 0], words_R).all()
+        assert torch.equal(rows.unpack(rows.pack(ids))[mask], ids[mask])
+        assert torch.equal(rows.first(rows.pack(ids)), ids[:, 0])
+
+
+def test_padding_that_travels_along_changes_no_word():
+    ids, mask = tiny_texts()
+    states = []
+    for packs in (True, False):
+        med = tiny_med()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            rows = Rows.of(ids, mask if packs else None)
+            image = med.project_image(med.encode_image(tiny_pixels()))
+            states.append(rows.unpack(med.text_decoder.bert(ids, rows, mask[:, None, None], image))[mask].float())
+    torch.testing.assert_close(*states, atol=2e-2, rtol=0)

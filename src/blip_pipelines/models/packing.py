@@ -3,7 +3,9 @@
 Captions of a batch differ in length, and a linear layer spends as much on a padding token as on a word. So hidden
 states travel as rows, one a word, and are laid out as (batch, tokens) only inside attention. On captions of 5 to 16
 words this drops 40 % of the rows. Counting words needs their number on the host, which is free on a CPU but stalls a
-GPU and changes shapes under a compiler; there a row is a token, padding included, and nothing is copied.
+GPU and changes shapes under a compiler; there a row is a token, padding included, and nothing is copied. In half
+precision a CPU's library compiles a product anew for each new shape, which costs more than it saves if every batch
+brings one; so there some padding travels along, up to the next of few numbers of rows.
 
 Shapes: B batch, T text tokens, R rows (words, or all B x T tokens), X any width.
 """
@@ -12,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+FEW = 64  # under autocast the number of rows is a multiple of it
 
 
 class Rows:
@@ -26,10 +30,13 @@ class Rows:
     def of(cls, token_ids_BT: Tensor, token_mask_BT: Tensor | None) -> "Rows":
         """The words that the bool mask marks; all tokens where packing does not pay or there is no mask."""
         batch, tokens = token_ids_BT.shape
-        packs = token_mask_BT is not None and token_ids_BT.device.type == "cpu" and not torch.compiler.is_compiling()
-        return cls(
-            batch, tokens, token_mask_BT.flatten().nonzero()[:, 0] if packs and token_mask_BT is not None else None
-        )
+        if token_mask_BT is None or token_ids_BT.device.type != "cpu" or torch.compiler.is_compiling():
+            return cls(batch, tokens)
+        is_word = token_mask_BT.flatten()
+        words_R = is_word.nonzero()[:, 0]
+        if torch.is_autocast_enabled("cpu") and (missing := -len(words_R) % FEW):
+            words_R = torch.cat([words_R, (~is_word).nonzero()[:missing, 0]]).sort().values
+        return cls(batch, tokens, words_R)
 
     def pack(self, states_BTX: Tensor) -> Tensor:
         """(R, X)."""
@@ -37,7 +44,7 @@ class Rows:
         return flat if self.words_R is None else Take.apply(flat, self.words_R)
 
     def unpack(self, states_RX: Tensor) -> Tensor:
-        """(B, T, X); zeros where there is padding."""
+        """(B, T, X); zeros where there is no row."""
         if self.words_R is not None:
             states_RX = Put.apply(states_RX, self.words_R, self.batch * self.tokens)
         return states_RX.unflatten(0, (self.batch, self.tokens))
