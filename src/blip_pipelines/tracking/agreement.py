@@ -22,7 +22,7 @@ def disagreements(root: Path, store: Store, stages: Mapping[str, Any], with_dvc:
     yield from _receipts(root, stages, content)
     if with_dvc and (root / "dvc.lock").exists():
         yield from _lock(root)
-    yield from _tags(store, stages)
+    yield from _tags(store, stages, content)
 
 
 def _receipts(root: Path, stages: Mapping[str, Any], content: Mapping[str, str]) -> Iterator[str]:
@@ -68,8 +68,11 @@ def _lock(root: Path) -> Iterator[str]:
                 yield f"dvc.lock, {stage}: changed code {code[0]}{more}"
 
 
-def _tags(store: Store, stages: Mapping[str, Any]) -> Iterator[str]:
-    """Candidates that were made of other content than the project holds."""
+def _tags(store: Store, stages: Mapping[str, Any], content: Mapping[str, str]) -> Iterator[str]:
+    """Candidates that were made of other content than the project holds.
+
+    Their captions may be those of a stage before the one that made them: what answers questions reads a table of these.
+    """
     for model in store.client.search_registered_models():
         if (version := model.aliases.get("candidate")) is None:
             continue
@@ -79,10 +82,11 @@ def _tags(store: Store, stages: Mapping[str, Any]) -> Iterator[str]:
             yield f"{here}: made by {tags.get('stage')}, which is no stage of the project"
             continue
         record = stages[tags["stage"]]
-        for tag, found in (("model", record["outputs"]), ("pairs", {**record["inputs"], **record["outputs"]})):
-            if tags.get(tag) not in {each["sha256"] for each in found.values()}:
+        made = {each["sha256"] for each in record["outputs"].values()}
+        for tag, found, whose in (("model", made, tags["stage"]), ("pairs", content, "the project")):
+            if tags.get(tag) not in found:
                 yield (
-                    f"{here}: its tag '{tag}' says {str(tags.get(tag))[:SHORT]}, and no data set of {tags['stage']} "
+                    f"{here}: its tag '{tag}' says {str(tags.get(tag))[:SHORT]}, and no data set of {whose} "
                     "has that content now; release again, or restore that version"
                 )
         jobs = {job["fingerprint"] for job in record["jobs"]}
