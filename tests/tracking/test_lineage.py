@@ -146,8 +146,9 @@ def test_a_caption_is_looked_up_in_the_version_that_is_asked_not_in_the_project_
     ]
     assert keys[0] != keys[1]
     assert f"\u201c{text}\u201d in pairs" in first and "not a model: web" in first and "never judged" in first
-    nothing = lineage(project, "1", "--caption", "nobody wrote this")
-    assert "no caption table of this version has 'nobody wrote this'" in nothing
+    both = lineage(project, "1", "--caption", text, "--caption", "nobody wrote this")
+    assert f"\u201c{text}\u201d in pairs" in both
+    assert "no caption table of this version has 'nobody wrote this'" in both and f"has '{text}'" not in both
 
 
 def test_records_agree_until_something_is_changed_by_hand(project):

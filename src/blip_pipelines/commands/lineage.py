@@ -33,11 +33,12 @@ def lineage(model: str, captions: tuple[str, ...], page: Path | None, env: str) 
     with tempfile.TemporaryDirectory() as folder, friendly():
         found = read(store, model, Path(folder))
         models = versions_by_content(store)
-        about = [caption for asked in captions for caption in _captions(found, asked, models)]
-        for asked in captions if not about else ():
-            click.echo(f"no caption table of this version has '{asked}'", err=True)
-        story = story_of(store, found, about)
+        about = {asked: list(_captions(found, asked, models)) for asked in captions}
+        story = story_of(store, found, [caption for rows in about.values() for caption in rows])
     click.echo(as_text(story), nl=False)
+    for asked, rows in about.items():
+        if not rows:
+            click.echo(f"\nno caption table of this version has '{asked}'", err=True)
     data = project_root() / configuration(env)["globals"]["data"]
     page = page or data / "08_reporting" / "lineage" / f"{found.name}-{found.version}.html"
     write_atomic(page, as_page(story))
