@@ -4,8 +4,11 @@ import io
 import json
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from project_samples import Project
+
+from blip_pipelines.commands.data import data
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,12 @@ def test_a_source_is_described_before_it_is_ingested(project):
     with project.start("kedro", "data", "info", "elsewhere") as process:
         output, _ = process.communicate()
     assert process.returncode == 2 and "elsewhere: no entry of the catalog with a file path" in output
+
+
+@pytest.mark.parametrize("command", ["preview", "lint"])
+def test_what_takes_a_table_says_so_of_a_source(command):
+    refused = CliRunner().invoke(data, [command, "source"])
+    assert refused.exit_code == 2 and f"`kedro data {command} pairs`" in refused.output
 
 
 @pytest.mark.slow

@@ -123,7 +123,8 @@ def test_a_malformed_image_is_refused_by_row_and_reason(writer, image, reason):
 
 def test_wrong_parameters_are_the_callers_error(captioner):
     table = pd.DataFrame({"image": [text(PICTURES[0])]})
-    wrong = {"top_p": {"top_p": 2.0}, "max_tokens": {"max_tokens": 3, "min_tokens": 5}, "num_beams": {"num_beams": 999}}
+    wrong = {"top_p": {"top_p": 2.0}, "max_tokens": {"max_tokens": 3, "min_tokens": 5}}
+    wrong |= {f"num_beams: {count}": {"num_beams": count} for count in (0, 999)}
     for reason, params in wrong.items():
         with pytest.raises(MlflowException, match=reason) as refused:
             captioner.predict(None, table, params)

@@ -45,10 +45,11 @@ def info(name: str, as_json: bool, env: str) -> None:
 @click.option("--to", "target", type=click.Path(path_type=Path), help="A PNG; else beside the other reports.")
 @env_option
 def preview(name: str, count: int, split: str, target: Path | None, env: str) -> None:
-    """A contact sheet of NAME: pictures with their captions."""
+    """A contact sheet of NAME, a caption table: pictures with their captions."""
     from blip_pipelines.data.contact_sheet import contact_sheet
     from blip_pipelines.data.storage import write_atomic
 
+    _refuse_source(name, "preview")
     with _errors():
         target = target or _path("samples", env).with_name(f"preview_{name}_{split}.png")
         write_atomic(target, contact_sheet(_path(name, env), _path("images", env), count, split))
@@ -60,10 +61,13 @@ def preview(name: str, count: int, split: str, target: Path | None, env: str) ->
 @click.option("--docs", type=click.Path(path_type=Path), help="Where the pages go; else beside those of ingestion.")
 @env_option
 def lint(name: str, docs: Path | None, env: str) -> None:
-    """Judge NAME by `ingestion.contracts`, and nothing else; fails where a rule of severity `error` is broken."""
+    """Judge NAME, a caption table, by `ingestion.contracts` and nothing else; fails where a rule of severity `error` is
+    broken.
+    """
     from blip_pipelines.data.contracts import ContractError, check
     from blip_pipelines.data.quality import summarise
 
+    _refuse_source(name, "lint")
     with _errors():
         pairs, contracts = _path(name, env), _ingestion(env).contracts
         docs = docs or _path("data_docs", env).with_name(f"lint_{name}")
@@ -107,6 +111,14 @@ def send(name: str, url: str, env: str) -> None:
 def _report(stored: Iterator[tuple[str, int]]) -> None:
     for url, size in stored:
         click.echo(f"{url}  {size:,} bytes")
+
+
+def _refuse_source(name: str, command: str) -> None:
+    if name == SOURCE:
+        raise click.UsageError(
+            f"{command} takes what ingestion wrote; see `kedro data info {SOURCE}`, or run `kedro run --pipelines "
+            f"ingestion` and then `kedro data {command} pairs`"
+        )
 
 
 @contextmanager

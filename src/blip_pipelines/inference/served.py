@@ -96,8 +96,8 @@ class CaptionWriter(PythonModel, ABC):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         settings = {**defaults_of(CAPTIONER_PARAMETERS), **(params or {})}
         seed = settings.pop("seed")
-        if settings["num_beams"] > MAX_BEAMS:
-            raise MlflowException.invalid_parameter_value(f"num_beams: {settings['num_beams']} is over {MAX_BEAMS}")
+        if not 1 <= (beams := settings["num_beams"]) <= MAX_BEAMS:
+            raise MlflowException.invalid_parameter_value(f"num_beams: {beams} is outside 1 to {MAX_BEAMS}")
         try:
             config = GenerationConfig(beams=settings.pop("num_beams"), **settings)
         except ConfigError as error:

@@ -77,8 +77,8 @@ class Answering(PythonModel, ABC):
 
     def _answerer(self, settings: dict[str, Any]) -> Answerer | MedAnswerer:
         for name, bound in ("num_beams", MAX_BEAMS), ("max_tokens", MAX_TOKENS):
-            if settings[name] > bound:
-                raise invalid(f"{name}: {settings[name]} is over {bound}")
+            if not 1 <= settings[name] <= bound:
+                raise invalid(f"{name}: {settings[name]} is outside 1 to {bound}")
         try:
             return self.answerer(settings)
         except ConfigError as error:
