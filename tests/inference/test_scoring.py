@@ -57,6 +57,15 @@ def test_an_image_is_projected_once_for_all_its_pairs(scene, monkeypatch):
     assert projected == [2, 1], "three distinct images, two at a time"
 
 
+def test_a_gpu_takes_as_many_images_at_once_as_there_is_room_for(scene, monkeypatch):
+    med, image_IND, _, _ = scene
+    image = med.project_image(image_IND[:1])
+    of_one = sum(states.nbytes for layer in image.layers for states in layer)
+    for room, images in (3 * of_one, 3), (4 * of_one - 1, 3), (1, 1):
+        monkeypatch.setattr(scoring, "GPU_BYTES", room)
+        assert scoring._room(image) == images
+
+
 def test_match_probability_is_the_softmax_of_the_match_logit():
     probability = scoring.match_probabilities(torch.tensor([[0.0, 0.0], [1.0, 3.0]]))
     torch.testing.assert_close(probability, torch.tensor([0.5, 1 / (1 + np.exp(-2.0))], dtype=torch.float32))
