@@ -10,8 +10,9 @@ from tokenizers.processors import TemplateProcessing
 
 from blip_pipelines.data.loader import Batch
 from blip_pipelines.models.blip2 import Blip2, Blip2Config
-from blip_pipelines.objectives.generative import GenerativeConfig, GenerativePretraining, ProjectionWarmStart
+from blip_pipelines.objectives.generative import GenerativeConfig, GenerativePretraining
 from blip_pipelines.objectives.qformer import QFormerLossWeights, QFormerObjectiveConfig, QFormerPretraining
+from blip_pipelines.objectives.warm_start import ProjectionWarmStart, Told
 
 ROWS = 6  # of a global micro-batch
 SAID = ("a red crab on the house", "the", "", "a big dog", "it is the small picture of a house", "dog on it")
@@ -59,6 +60,11 @@ def make_warm_start(world=ALONE, kind: str = "llama") -> ProjectionWarmStart:
     return ProjectionWarmStart(tiny_blip2(kind), world).double().train()
 
 
+def make_keeping_warm_start(world=ALONE, kind: str = "llama") -> ProjectionWarmStart:
+    blip2 = tiny_blip2(kind)
+    return ProjectionWarmStart(blip2, world, Told(blip2, 1)).double().train()
+
+
 def spoken_batches(task, step: int, accumulation: int, prompt_tokens: int = 0) -> list[Batch]:
     texts = [torch.from_numpy(part) for part in task.blip2.language.tokenizer(SAID, 12)]
     return micro_batches(step, accumulation, prompt_tokens, texts)
@@ -73,11 +79,18 @@ def train_qformers(world, variants: dict[str, tuple]) -> dict[str, Any]:
     return {name: train_qformer(world, *arguments) for name, arguments in variants.items()}
 
 
+TASKS = {
+    "generative": make_generative_task,
+    "warm start": make_warm_start,
+    "warm start that keeps": make_keeping_warm_start,
+}
+
+
 def train_generative(world, variants: dict[str, tuple]) -> dict[str, Any]:
     """By name: which task, which language model, how many micro-steps."""
     found = {}
     for name, (make, kind, accumulation) in variants.items():
-        task = {"generative": make_generative_task, "warm start": make_warm_start}[make](world, kind)
+        task = TASKS[make](world, kind)
         found[name] = descend(
             task, world, lambda step, task=task, count=accumulation: spoken_batches(task, step, count), 2
         )

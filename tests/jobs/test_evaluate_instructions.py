@@ -1,5 +1,6 @@
 """Models asked a table of a dozen pictures: what is drawn, what is written down, and that it does not depend on how."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,19 @@ def test_every_model_is_asked_the_same_drawn_rows(tmp_path: Path, data: dict[str
         for name, data_set in zip(*(view.values(c, drawn_rows(view, 2)) for c in ("sample", "data_set")), strict=True)
         if data_set == "letters"
     ]
+
+
+def test_a_role_can_be_asked_more_rows_than_the_others(tmp_path: Path, data: dict[str, Path]) -> None:
+    asked = {}
+    for name, how in {"few": {}, "more": {"rows_by_role": {"held_out": None}}}.items():
+        _, path = ask(tmp_path / name, data, rows=1, **how)
+        asked[name] = Counter(row["data_set"] for row in pq.read_table(path).to_pylist())
+    every = len(Instructions.open(data["instructions"]).select(split="val", data_set="kept_out"))
+    assert every > 1
+    assert asked["few"] == {"letters": 1, "said": 1, "kept_out": 1}
+    assert asked["more"] == {"letters": 1, "said": 1, "kept_out": every}
+    with pytest.raises(ConfigError, match="rows_by_role: no role 'held_up'"):
+        ask(tmp_path, data, rows_by_role={"held_up": 1})
 
 
 def test_where_there_are_too_many_candidates_the_answer_is_written(tmp_path: Path, data: dict[str, Path]) -> None:

@@ -20,6 +20,7 @@ from blip_pipelines.jobs.launch import LaunchConfig, launch
 from blip_pipelines.jobs.receipt import Receipt
 from blip_pipelines.models.blip2_exports import load_blip2
 from blip_pipelines.models.frozen import weights_hash
+from blip_pipelines.training.distributed import World
 from blip_pipelines.training.loop import TrainingError
 
 JOB = "blip_pipelines.jobs.instruct_tuning"
@@ -27,7 +28,13 @@ KINDS = ("llama", "t5")
 INSTRUCT: dict[str, Any] = {
     "prompting": {"prompt": "picture : {image} {instruction} it is"},
     "limits": {"instruction": 6, "question": 12, "answer": 6},
-    "warm_start": {"steps": 2, "batch_samples_global": 8, "optimizer": {"learning_rate": 1e-3}},
+    "warm_start": {
+        "steps": 2,
+        "batch_samples_global": 8,
+        "optimizer": {"learning_rate": 1e-3},
+        "former": "stage1",
+        "kept_queries": 2,
+    },
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
     "training": STAGE2["training"],
     "window_shards": 1,
@@ -58,7 +65,7 @@ def start(
     how = {"mode": "inline", "threads_per_rank": 1, "work": str(root / "work")}
     inputs = {name: data[name] for name in ("instructions", "images")}
     if kind:
-        inputs["start"] = data[kind]
+        inputs |= {"start": data[kind], "stage1": data["stage1"]}
     return launch(JOB, {**INSTRUCT, **changed}, inputs, LaunchConfig(**how), on_history)
 
 
@@ -120,6 +127,24 @@ def test_what_is_too_long_is_cut_and_counted(tmp_path: Path, data: dict[str, Pat
     receipt = start(tmp_path, data, data_sets=["said"], limits=limits, training=training)
     cut = receipt.facts["cut"]
     assert cut["samples"] == cut["instructions"] == cut["answers"] == 40  # four words at least; three of an answer
+
+
+def test_the_warm_start_begins_where_stage_1_ended_and_keeps_what_stage_2_says(
+    tmp_path: Path, data: dict[str, Path]
+) -> None:
+    still = {"learning_rate": 0.0, "warmup_steps": 0}
+    one_step = {**INSTRUCT["training"], "steps": 1, "accumulation": 1, "validate_every_steps": 0}
+    begins = {"steps": 1, "batch_samples_global": 8, "optimizer": still, "kept_queries": 3}
+    old = load_blip2(data["stage1"]).former.state_dict(), load_blip2(data["llama"]).former.state_dict()
+    kept = []
+    for name, former in zip(("stage1", "stage2"), old, strict=True):
+        warm = {**begins, "former": name}
+        receipt = start(tmp_path / name, data, warm_start=warm, optimizer=still, training=one_step)
+        new = load_blip2(receipt.folder).former.state_dict()
+        assert all(torch.equal(new[key], former[key]) for key in new), name
+        history = read_json(receipt.folder / "history.json")
+        kept += [row["warm_start/kept"] for row in history if "warm_start/kept" in row]
+    assert kept[0] > 0.01, "stage 1 does not say what stage 2 says"
 
 
 def test_it_learns(data: dict[str, Path], tmp_path: Path) -> None:
@@ -189,13 +214,24 @@ def test_a_published_instructblip_is_a_start(tmp_path: Path, data: dict[str, Pat
     write_published(tmp_path / "published", "opt", "InstructBlip")
     published = {"source": str(tmp_path / "published"), "precision": "float32"}
     training = {**INSTRUCT["training"], "steps": 1}
-    receipt = start(tmp_path, data, None, published=published, training=training)
+    receipt = start(tmp_path, data, None, published=published, training=training, warm_start={})
     assert load_blip2(receipt.folder).model is not None
 
 
 def test_what_cannot_be_tuned_is_an_error_that_says_why(tmp_path: Path, data: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="published: name a model"):
         start(tmp_path, data, None)
+    with pytest.raises(ConfigError, match="there is no input `stage1`"):
+        instruct_tuning.run(
+            INSTRUCT,
+            {name: data[name] for name in ("instructions", "images")} | {"start": data["llama"]},
+            tmp_path,
+            World(),
+        )
+    with pytest.raises(ConfigError, match="former: stage1 has never spoken to a language model"):
+        start(tmp_path, data, warm_start={"former": "stage1"})
+    with pytest.raises(ConfigError, match="kept_queries: 9 leaves none of the 4 queries"):
+        start(tmp_path, data, warm_start={**INSTRUCT["warm_start"], "kept_queries": 9})
     with pytest.raises(StorageError, match="no language model in it"):
         start(tmp_path, data, "stage1")
     with pytest.raises(ConfigError, match=r"limits.question: 99 tokens are more than the Q-Former's 24"):

@@ -6,7 +6,7 @@ first measures and writes `evaluation.answers.PREDICTIONS`, one row a question.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class AskedRowsConfig:
         split: of the rows.
         data_sets: to ask; null for all.
         rows: of each data set, drawn by a hash, so that every model is asked the same; null for all.
+        rows_by_role: for `held_in` or `held_out`, in place of that.
         frames: of a video.
         bootstrap_draws: for the interval of the gain over one answer for all.
     """
@@ -41,11 +42,16 @@ class AskedRowsConfig:
     split: str = "test"
     data_sets: tuple[str, ...] | None = None
     rows: int | None = None
+    rows_by_role: dict[str, int | None] = field(default_factory=dict)
     frames: int = 4
     bootstrap_draws: int = 10_000
     seed: int = 0
     precision: Precision = "float32"
     batch_rows: int = speed_only(32)
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.rows_by_role) - set(ROLES)):
+            raise ConfigError(f"rows_by_role: no role {unknown[0]!r}; there are {', '.join(ROLES)}")
 
     def rows_of(self, inputs: Mapping[str, Path], job: str) -> Instructions:
         """The rows, from the inputs `instructions` and `images`.
@@ -55,7 +61,13 @@ class AskedRowsConfig:
         """
         view = Instructions.open(inputs["instructions"], inputs["images"])
         view = view.select(split=self.split, data_set=self.data_sets)
-        view = view.select(rows=drawn_rows(view, self.rows, self.seed))
+        roles = np.array(view.values("role", np.arange(len(view))))
+        drawn = [np.empty(0, np.int64)]
+        for role in ROLES:
+            of_role = np.flatnonzero(roles == role)
+            rows = self.rows_by_role.get(role, self.rows)
+            drawn.append(of_role[drawn_rows(view.select(rows=of_role), rows, self.seed)])
+        view = view.select(rows=np.sort(np.concatenate(drawn)))
         if not len(view):
             raise ConfigError(f"{job}: no row of split {self.split!r} in the chosen data sets")
         return view

@@ -29,7 +29,8 @@ from blip_pipelines.models.blip2 import Blip2, Blip2Config
 from blip_pipelines.models.blip2_exports import export_blip2
 from blip_pipelines.models.language import LanguageConfig
 from blip_pipelines.models.qformer_start import QFormerStartConfig
-from blip_pipelines.objectives.generative import GenerativeConfig, GenerativePretraining, ProjectionWarmStart
+from blip_pipelines.objectives.generative import GenerativeConfig, GenerativePretraining
+from blip_pipelines.objectives.warm_start import ProjectionWarmStart
 from blip_pipelines.training.checkpoint import Rows
 from blip_pipelines.training.distributed import World
 from blip_pipelines.training.loop import TrainingConfig, TrainingError, train

@@ -1,10 +1,10 @@
 """InstructBLIP: the BLIP-2 of stage 2 learns to follow instructions about pictures (InstructBLIP 2).
 
 Q-Former, queries, `ln_vision` and projection go on from stage 2, the Q-Former's text side from stage 1, which stage 2
-kept; image encoder and language model stay as they are.
+kept; image encoder and language model stay as they are. With a warm start the Q-Former can begin where stage 1 left it.
 
 Inputs: `instructions`, `images`, and `start`, the export of stage 2, or a published model where the parameters name
-one (`published`).
+one (`published`); `stage1`, its export, where the warm start begins there.
 
 Outputs: the export of `models.blip2_exports.export_blip2`, `checkpoint/` (everything training left) and `history.json`,
 in which the curve of a warm start comes last, under a name of its own.
@@ -28,13 +28,13 @@ from blip_pipelines.data.transforms import ImageConfig
 from blip_pipelines.jobs.instruction_probe import InstructionProbe, ProbeConfig
 from blip_pipelines.jobs.receipt import OUTPUTS
 from blip_pipelines.jobs.training_data import Images, keep_training
-from blip_pipelines.jobs.warm_start import SHOWN, WarmStartConfig, folder_of, renamed
+from blip_pipelines.jobs.warm_start import SHOWN, InstructWarmStartConfig, folder_of, renamed
 from blip_pipelines.models.blip2 import Blip2
 from blip_pipelines.models.blip2_exports import ExportedBlip2, export_blip2, load_blip2
 from blip_pipelines.models.frozen import weights_hash
 from blip_pipelines.models.published import PublishedConfig, open_published
-from blip_pipelines.objectives.generative import ProjectionWarmStart
 from blip_pipelines.objectives.instruct import CUT, InstructConfig, InstructionTuning
+from blip_pipelines.objectives.warm_start import ProjectionWarmStart, Told
 from blip_pipelines.training.checkpoint import Rows
 from blip_pipelines.training.distributed import World
 from blip_pipelines.training.loop import TrainingConfig, TrainingError, train
@@ -78,7 +78,7 @@ class InstructTuningConfig:
     instruction_aware: bool = True
     limits: TokenLimits = field(default_factory=TokenLimits)
     objective: InstructConfig = field(default_factory=InstructConfig)
-    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    warm_start: InstructWarmStartConfig = field(default_factory=InstructWarmStartConfig)
     published: PublishedConfig | None = None
     features: Literal["cached", "live"] = "cached"
     data_sets: tuple[str, ...] | None = None
@@ -127,7 +127,15 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
 
     warmed: Rows = []
     if warm.steps:
-        before_it = ProjectionWarmStart(model, world), warm.optimizer, warm.training(training), folder_of(work)
+        if warm.kept_queries >= model.former.config.queries:
+            raise ConfigError(
+                f"instruct_tuning.warm_start.kept_queries: {warm.kept_queries} leaves none of the "
+                f"{model.former.config.queries} queries for the answer; lower it"
+            )
+        told = Told(model, warm.kept_queries) if warm.kept_queries else None
+        if warm.needs_stage1:
+            _begin_where_stage1_ended(model, inputs)
+        before_it = ProjectionWarmStart(model, world, told), warm.optimizer, warm.training(training), folder_of(work)
         warmed = phase(*before_it, shown=SHOWN)
     probe = None
     if world.is_first and training.validate_every_steps:
@@ -180,6 +188,20 @@ def _start(settings: InstructTuningConfig, inputs: Mapping[str, Path], world: Wo
     logger.info("start: %s", where)
     start.model.instruct(settings.prompting.prompt, settings.prompting.chat, settings.instruction_aware)
     return start, start.model
+
+
+def _begin_where_stage1_ended(model: Blip2, inputs: Mapping[str, Path]) -> None:
+    """Raises:
+    ConfigError: there is no such input, or its Q-Former is of another make.
+    """
+    where = "instruct_tuning.warm_start.former: stage1"
+    if "stage1" not in inputs:
+        raise ConfigError(f"{where}: there is no input `stage1`, its export; take stage2, as after a published model")
+    former = load_blip2(inputs["stage1"]).former
+    if former.config != model.former.config:
+        raise ConfigError(f"{where}: the Q-Former of {inputs['stage1']} is of another make than that of stage 2")
+    model.former.load_state_dict(former.state_dict())
+    logger.info("start: the Q-Former of %s, which is to say what that of stage 2 says", inputs["stage1"])
 
 
 def _frozen_hashes(start: ExportedBlip2, model: Blip2) -> dict[str, str]:

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
+from blip_pipelines.config import ConfigError
 from blip_pipelines.training.checkpoint import Rows
 from blip_pipelines.training.loop import CHECKPOINTS, TrainingConfig
 from blip_pipelines.training.optimizer import OptimizerConfig
 
 WARM_START = "warm_start"
-SHOWN: Sequence[str] = ("regression", "nearest", "spelled")
+SHOWN: Sequence[str] = ("regression", "nearest", "spelled", "kept")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,32 @@ class WarmStartConfig:
         return replace(
             training, steps=self.steps, batch_samples_global=self.batch_samples_global, validate_every_steps=0
         )
+
+
+@dataclass(frozen=True)
+class InstructWarmStartConfig(WarmStartConfig):
+    """That of instruction tuning, whose start can describe pictures and should not lose that.
+
+    Args:
+        kept_queries: the first so many go on to say what they said of a picture; the others spell the answer. 0: all
+            spell it.
+        former: whose Q-Former it starts from, `stage1` with the projection of stage 2. Stage 1 compares picture and
+            text, which stage 2 can do without and loses; what stage 2's queries say is taught by `kept_queries`.
+    """
+
+    kept_queries: int = 0
+    former: Literal["stage1", "stage2"] = "stage2"
+
+    def __post_init__(self) -> None:
+        if self.former == "stage1" and not (self.steps and self.kept_queries):
+            raise ConfigError(
+                "warm_start.former: stage1 has never spoken to a language model; give warm_start.steps and "
+                "warm_start.kept_queries, or take stage2"
+            )
+
+    @property
+    def needs_stage1(self) -> bool:
+        return self.former == "stage1"
 
 
 def folder_of(work: Path) -> Path:

@@ -105,9 +105,13 @@ class Blip2(nn.Module):
         )
         return before_ids, opening_ids + closing_ids
 
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """(B, N, D) outputs of the tower; without one `pixels` are that already."""
+        return self.tower(pixels) if self.tower is not None else pixels
+
     def see(self, pixels: Tensor) -> KeysValues:
         """An image as the Q-Former's cross-attention sees it; of what the tower reads or, without one, gives."""
-        return self.former.project_image(self.tower(pixels) if self.tower is not None else pixels)
+        return self.former.project_image(self.encode_image(pixels))
 
     def soft_prompts(
         self, image: KeysValues, text_ids_BT: Tensor | None = None, text_mask_BT: Tensor | None = None

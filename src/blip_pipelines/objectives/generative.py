@@ -1,7 +1,7 @@
 """BLIP-2 stage 2: a frozen language model learns nothing, the Q-Former learns to speak to it (BLIP-2 3.3).
 
 A decoder-only model is asked for the whole caption after the soft prompts. An encoder-decoder reads a first part of it
-beside them and is asked for the rest (prefix LM). `ProjectionWarmStart` is a step before both, for short runs.
+beside them and is asked for the rest (prefix LM). `objectives.warm_start` is a step before both, for short runs.
 
 Every value that `forward` returns is a *share*, as in MED pretraining: summed over ranks and over the micro-steps of
 an optimizer step it is the value of the whole global batch.
@@ -17,18 +17,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.instruction_loader import InstructionBatch
 from blip_pipelines.data.loader import Batch
-from blip_pipelines.models.attention import at_least_float32
 from blip_pipelines.models.blip2 import Blip2
 from blip_pipelines.objectives import draws, language_modelling
 from blip_pipelines.objectives.contrastive import Ranks
-
-SHARPNESS = 8.0  # of the softmax over words; two words of the table are about 2 apart
-REST = 0.1  # most queries have no word: with the weight of one they would outweigh those that have
 
 
 @dataclass(frozen=True)
@@ -110,61 +106,6 @@ class GenerativePretraining(nn.Module):
             tokenizer.pad,
         )
         return answers, divisor_of(answers.target, batch, self.ranks)
-
-
-class ProjectionWarmStart(nn.Module):
-    """A task of its own before stage 2 or instruction tuning: the soft prompts spell the caption, or the answer.
-
-    The soft prompt of query k is drawn to the embedding of word k, and is to be nearer to it than to the other words
-    of the batch; behind the last word all are the token that ends an answer. Then the language model reads something
-    like the caption from its first step on, at the cost of steps that do not run it. All that trains afterwards is
-    trained. Distance alone would end between the words that are likely, where no word is.
-
-    Differs: not in the paper; a run of minutes does not get as far without it.
-    """
-
-    def __init__(self, blip2: Blip2, ranks: Ranks):
-        super().__init__()
-        self.blip2, self.ranks = blip2, ranks
-        self.frozen = frozen_parts(blip2)
-        self.variance = blip2.language.embedding_std**2
-
-    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Shares of the mean over queries, of which those behind the end count `REST` each.
-
-        Returns:
-            "loss" with gradient, the sum of "regression", the mean squared distance by the variance of the table, and
-            "nearest", the cross-entropy of the word among all of the global micro-batch; and "spelled", the share of
-            words and ends that are the nearest.
-        """
-        image = self.blip2.see(batch.pixels)
-        soft_RW = at_least_float32(self.blip2.soft_prompts(image, *questions_of(self.blip2, batch))).flatten(0, 1)
-        word_BQ, is_asked_BQ = self._words(batch)
-        word_R, is_asked_R = word_BQ.flatten(), is_asked_BQ.flatten()
-        candidates_V = self.ranks.gather(word_BQ).unique()
-        place_R = torch.searchsorted(candidates_V, word_R)
-        with torch.autocast(soft_RW.device.type, enabled=False):  # differences of squares
-            table_VW = at_least_float32(self.blip2.language.embed(candidates_V))
-            square_RV = soft_RW.square().sum(1, keepdim=True) - 2 * soft_RW @ table_VW.T + table_VW.square().sum(1)
-        distance_RV = square_RV / (soft_RW.shape[1] * self.variance)
-        own_R = distance_RV.gather(1, place_R[:, None])[:, 0]
-        nearest_R = cross_entropy(-SHARPNESS * distance_RV, place_R, reduction="none")
-
-        weight_R = REST + (1 - REST) * is_asked_R.to(distance_RV)
-        divisor = divisor_of(weight_R, batch, self.ranks)
-        regression, nearest = (own_R * weight_R).sum() / divisor, (nearest_R * weight_R).sum() / divisor
-        is_right_R = (distance_RV.detach().argmin(1) == place_R) & is_asked_R
-        spelled = is_right_R.sum() / divisor_of(is_asked_R, batch, self.ranks)
-        loss = regression + nearest
-        return {"loss": loss, "regression": regression.detach(), "nearest": nearest.detach(), "spelled": spelled}
-
-    def _words(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, Q) int64, what each query is to say: words, then ends; and bool, words and the first end."""
-        queries, end = self.blip2.former.config.queries, self.blip2.language.tokenizer.end
-        word_BT, is_asked_BT = batch.token_ids[:, 1:], batch.token_mask[:, 1:]
-        room = max(queries - word_BT.shape[1], 0)
-        word_BT = pad(word_BT.where(is_asked_BT, end), (0, room), value=end)
-        return word_BT[:, :queries], pad(is_asked_BT, (0, room))[:, :queries]
 
 
 class Answers(NamedTuple):
