@@ -1,6 +1,7 @@
 """A job that is cut, and what a job left, for tests that cutting it changes no bit of what it leaves."""
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -27,3 +28,8 @@ def outputs(receipt: Receipt) -> dict[str, bytes]:
     """Every file by its path in the folder."""
     files = [path for path in receipt.folder.rglob("*") if path.is_file()]
     return {path.relative_to(receipt.folder).as_posix(): path.read_bytes() for path in files}
+
+
+def half(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a training job, in bfloat16."""
+    return {**settings, "training": {**settings["training"], "precision": "bfloat16"}}

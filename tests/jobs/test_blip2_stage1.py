@@ -1,6 +1,7 @@
 """Stage 1 of BLIP-2 on a data set of a dozen pictures: what it leaves, what it leaves alone, and that cutting it
 changes no bit of it."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from blip2_samples import vit_folder
 from data_samples import tokenizer_json, write_data_set
 from inference_samples import export_tiny_med
-from job_samples import cut_after, outputs
+from job_samples import cut_after, half, outputs
 from model_samples import random_stem
 from project_samples import ROOT
 
@@ -250,3 +251,11 @@ def test_every_environment_has_a_recipe_that_is_read(environment: str) -> None:
     config = read_stage("blip2_stage1", {"blip2_stage1": laid_over(*blocks)}).config
     assert config.needs_med == (environment != "paper")
     assert config.qformer.text.dropout == 0.1
+
+
+@pytest.mark.parametrize("features", ["cached", "live"])
+def test_half_precision_trains_and_probes(tmp_path: Path, data: dict[str, Path], features: str) -> None:
+    receipt = start(tmp_path, data, half(config(features=features)))
+    history = read_json(receipt.folder / "history.json")
+    assert len(losses(receipt)) == 7 and any(name.startswith("val/") for row in history for name in row)
+    assert all(math.isfinite(value) for row in history for value in row.values())

@@ -3,6 +3,7 @@ cutting it changes no bit of what it leaves.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from blip2_job_samples import STAGE2, export_stage1, language_folder
 from data_samples import write_data_set
-from job_samples import cut_after, outputs
+from job_samples import cut_after, half, outputs
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.loader import DataError
@@ -170,3 +171,12 @@ def test_a_random_language_model_needs_no_package(tmp_path: Path, data: dict[str
     assert model is not None
     assert json.loads((receipt.folder / "generation" / "config.json").read_text())["text_config"]["hidden_size"] == 16
     assert len(model.language.tokenizer) >= len(load_blip2(data["start"]).tokenizer or "")
+
+
+@pytest.mark.parametrize("features", ["cached", "live"])
+def test_half_precision_trains_and_probes(tmp_path: Path, data: dict[str, Path], features: str) -> None:
+    settings = half(config(data, features=features))
+    settings["language"] = {**settings["language"], "precision": "bfloat16"}
+    history = read_json(start(tmp_path, data, settings).folder / "history.json")
+    assert any(name.startswith("val/") for row in history for name in row)
+    assert all(math.isfinite(value) for row in history for value in row.values())

@@ -2,6 +2,7 @@
 cutting it changes no bit of what it leaves.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from blip2_job_samples import STAGE2, export_stage1, export_stage2
 from instruct_samples import write_published
 from instruction_samples import letters, write, write_labels
-from job_samples import cut_after, outputs
+from job_samples import cut_after, half, outputs
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.loader import DataError
@@ -250,3 +251,11 @@ def test_a_language_model_that_changed_is_noticed(
     monkeypatch.setattr(instruct_tuning, "InstructionTuning", Melting)
     with pytest.raises(TrainingError, match="frozen language model changed"):
         start(tmp_path, data)
+
+
+@pytest.mark.parametrize("features", ["cached", "live"])
+def test_half_precision_trains_and_probes(tmp_path: Path, data: dict[str, Path], features: str) -> None:
+    receipt = start(tmp_path, data, **{**half(INSTRUCT), "features": features})
+    history = read_json(receipt.folder / "history.json")
+    assert any(name.startswith("val/") for row in history for name in row)
+    assert all(math.isfinite(value) for row in history for value in row.values())

@@ -28,9 +28,10 @@ class QFormerImageText(ImageText):
 
     @torch.no_grad()
     def encode_images(self, pixels: Iterable[Tensor]) -> Tensor:
-        if self.tower is None:
-            return torch.cat(list(pixels))
-        return torch.cat([self.tower(batch.to(self.device)).cpu() for batch in pixels])
+        tower = self.tower
+        parts = list(pixels) if tower is None else [tower(batch.to(self.device)).cpu() for batch in pixels]
+        with torch.autocast("cpu", enabled=False):  # which knows no float16
+            return torch.cat(parts)
 
     @torch.no_grad()
     def image_features(self, image_IND: Tensor) -> Tensor:
