@@ -70,15 +70,19 @@ def answers_of(
     for task in sorted(set(tasks)):
         for moves in (False, True):
             mine = rows[(np.array(tasks) == task) & (is_video == moves)]
+            # Those with as many candidates together: a batch is then written or chosen, not a few rows of each.
+            mine = mine[np.argsort([len(each or ()) for each in _candidates(view, mine, asking)], kind="stable")]
             for batch, pixels in _pixels(view, images, mine, asking, moves):
-                candidates = [
-                    None if each is None or len(each) > (asking.most_candidates or len(each)) else each
-                    for each in view.candidates(batch)
-                ]
-                device = answerers[task].device
+                device, candidates = answerers[task].device, _candidates(view, batch, asking)
                 answers = answerers[task].answer(pixels.to(device), view.instructions(batch), candidates)
                 found |= zip(batch.tolist(), answers, strict=True)
     return [found[row] for row in rows.tolist()]
+
+
+def _candidates(view: Instructions, rows: np.ndarray, asking: Asking) -> list[Sequence[str] | None]:
+    """What an answer is chosen from; None where it is written."""
+    most = asking.most_candidates
+    return [None if each is None or len(each) > (most or len(each)) else each for each in view.candidates(rows)]
 
 
 def _pixels(
