@@ -48,6 +48,10 @@ class InstructWarmStartConfig(WarmStartConfig):
     former: Literal["stage1", "stage2"] = "stage2"
 
     def __post_init__(self) -> None:
+        if self.kept_queries < 0:
+            raise ConfigError(f"warm_start.kept_queries: {self.kept_queries} is below 0")
+        if self.kept_queries and not self.steps:
+            raise ConfigError("warm_start.kept_queries: without warm_start.steps nothing is kept; give both or none")
         if self.former == "stage1" and not (self.steps and self.kept_queries):
             raise ConfigError(
                 "warm_start.former: stage1 has never spoken to a language model; give warm_start.steps and "
