@@ -12,7 +12,7 @@ from blip_pipelines.data.loader import Batch
 from blip_pipelines.models.blip2 import Blip2, Blip2Config
 from blip_pipelines.objectives.generative import GenerativeConfig, GenerativePretraining
 from blip_pipelines.objectives.qformer import QFormerLossWeights, QFormerObjectiveConfig, QFormerPretraining
-from blip_pipelines.objectives.warm_start import ProjectionWarmStart, Told
+from blip_pipelines.objectives.warm_start import ProjectionWarmStart, Told, move_behind
 
 ROWS = 6  # of a global micro-batch
 SAID = ("a red crab on the house", "the", "", "a big dog", "it is the small picture of a house", "dog on it")
@@ -62,7 +62,9 @@ def make_warm_start(world=ALONE, kind: str = "llama") -> ProjectionWarmStart:
 
 def make_keeping_warm_start(world=ALONE, kind: str = "llama") -> ProjectionWarmStart:
     blip2 = tiny_blip2(kind)
-    return ProjectionWarmStart(blip2, world, Told(blip2, 1)).double().train()
+    told = Told(blip2, 1)
+    move_behind(blip2.former, 1)
+    return ProjectionWarmStart(blip2, world, told).double().train()
 
 
 def spoken_batches(task, step: int, accumulation: int, prompt_tokens: int = 0) -> list[Batch]:

@@ -82,6 +82,17 @@ def test_yes_and_no_are_true_and_as_likely_and_split_keeps_to_its_own_words():
     assert ask.candidates(questions) == ["yes", "no"]
 
 
+def test_a_claim_is_true_or_not_and_the_answer_the_same_either_way():
+    ask = asker(ask={"kind": "claim", "about": "thing", "apart": "concept"}, templates=["{asked}?"], answer="{caption}")
+    told = [each._replace(fields={**each.fields, "caption": f"caption {n}"}) for n, each in enumerate(samples(400))]
+    questions = list(ask.ask([*told, *samples(4, "val", caption=None)]))
+    assert [question.sample.name for question in questions] == [each.name for each in told]  # the others have none
+    assert all(question.answers == [question.sample.fields["caption"]] for question in questions)
+    true = sum(question.instruction == f"{question.sample.fields['thing']}?" for question in questions)
+    assert 170 < true < 270
+    assert ask.candidates(questions) is None
+
+
 def test_a_choice_has_the_answer_at_any_place_among_others():
     ask = asker(ask={"kind": "choice", "about": "thing", "options": 3}, templates=["Choose: {options}"])
     questions = list(ask.ask(samples(300)))

@@ -51,6 +51,23 @@ def test_frames_are_read_one_after_the_other_with_the_same_instruction():
     assert abs(other.scores - expected).max() > 1e-5
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_contrast_takes_off_what_candidates_score_without_the_picture(per_token):
+    images, candidates = tiny_image(2)[:, None], [["a red crab", "it", "the dog"], None]
+    plain, contrasted = (
+        make(config=AnswerConfig(beams=1, max_tokens=5, per_token=per_token, contrast=contrast))
+        for contrast in (0.0, 0.75)
+    )
+    seen, written = plain.answer(images, ASKED[:2], candidates)
+    plain.model.encode_image = lambda pixels: torch.zeros_like(type(plain.model).encode_image(plain.model, pixels))
+    blind = plain.answer(images, ASKED[:2], candidates)[0].scores
+    found = contrasted.answer(images, ASKED[:2], candidates)
+    assert found[0].scores == pytest.approx(seen.scores - 0.75 * blind, abs=1e-5)
+    assert found[0].text == candidates[0][found[0].scores.argmax()]
+    assert found[1].text == written.text
+    assert abs(seen.scores - blind).max() > 1e-3  # without a picture they are others
+
+
 def test_the_length_penalty_chooses_between_short_and_long():
     texts, free, images = list(ASKED), [None] * len(ASKED), tiny_image(len(ASKED))[:, None]
     lengths = []
@@ -71,7 +88,9 @@ def test_the_question_moves_scores_through_the_q_former_only_where_it_reads():
         assert (abs(one.scores - other.scores).max() > 1e-6) == aware
 
 
-@pytest.mark.parametrize("name, value", [("beams", 0), ("min_tokens", 0), ("max_tokens", 0), ("batch_answers", 0)])
+@pytest.mark.parametrize(
+    "name, value", [("beams", 0), ("min_tokens", 0), ("max_tokens", 0), ("batch_answers", 0), ("contrast", -0.5)]
+)
 def test_settings_that_cannot_be_are_errors_that_name_them(name, value):
     with pytest.raises(ConfigError, match=f"{name}: {value}"):
         AnswerConfig(**{name: value})

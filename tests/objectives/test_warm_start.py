@@ -18,11 +18,11 @@ def test_the_loss_is_the_plain_mean_over_queries_with_less_weight_behind_the_end
     assert found["spelled"].item() == pytest.approx(spelled)
 
 
-def test_the_first_queries_keep_what_the_model_said_of_the_picture_and_those_behind_spell():
+def test_the_last_queries_keep_what_the_model_said_of_the_picture_and_those_before_spell():
     task = make_keeping_warm_start()
     batch = spoken_batches(task, 0, 1)[0]
     kept = task.told.queries
-    before = make_keeping_warm_start().blip2
+    before = make_warm_start().blip2
     told = before.soft_prompts(before.see(batch.pixels))[:, :kept]
     assert task(batch, 0)["kept"] < 1e-20, "nothing has trained yet"
     with torch.no_grad():
@@ -30,7 +30,7 @@ def test_the_first_queries_keep_what_the_model_said_of_the_picture_and_those_beh
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
     found = task(batch, 0)
-    now = task.blip2.soft_prompts(task.blip2.see(batch.pixels))[:, :kept]
+    now = task.blip2.soft_prompts(task.blip2.see(batch.pixels))[:, -kept:]
     off = ((now - told) ** 2).mean() / task.variance
     assert off > 0.01
     torch.testing.assert_close(found["kept"], off.detach(), rtol=1e-9, atol=0)
@@ -39,9 +39,9 @@ def test_the_first_queries_keep_what_the_model_said_of_the_picture_and_those_beh
     assert found["spelled"].item() == pytest.approx(spelled)
 
 
-def plainly(task, batch, first: int):
-    """The two losses, and the share of words and ends that are the nearest, of the queries from `first` on."""
-    blip2, queries, end = task.blip2, task.blip2.former.config.queries - first, task.blip2.language.tokenizer.end
+def plainly(task, batch, kept: int):
+    """The two losses, and the share of words and ends that are the nearest, of all queries but the last `kept`."""
+    blip2, queries, end = task.blip2, task.blip2.former.config.queries - kept, task.blip2.language.tokenizer.end
     said = [
         ids[1:length] for ids, length in zip(batch.token_ids.tolist(), batch.token_mask.sum(1).tolist(), strict=True)
     ]
@@ -50,7 +50,7 @@ def plainly(task, batch, first: int):
     candidates = sorted({word for words in wanted for word in words})
     regression, nearest, spelled, weights, asked = 0.0, 0.0, 0, 0.0, 0
     for row, words in enumerate(wanted):
-        soft = blip2.soft_prompts(blip2.see(batch.pixels[row : row + 1]))[0, first:]
+        soft = blip2.soft_prompts(blip2.see(batch.pixels[row : row + 1]))[0, :queries]
         for k, word in enumerate(words):
             distance = {
                 each: ((soft[k] - blip2.language.embed(torch.tensor(each))) ** 2).mean() / task.variance

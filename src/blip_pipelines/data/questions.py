@@ -56,13 +56,14 @@ class AskConfig:
 
     Args:
         kind: `value`: nothing; `yes_no`: `{asked}` is the sample's own value or, for every second sample, another's;
-            `choice`: `{options}` are the sample's value among others.
+            `claim`: the same, but the answer is the data set's, whether what is said is true or not; `choice`:
+            `{options}` are the sample's value among others.
         about: the field whose value that is.
         apart: a field in which the other sample must differ too.
         options: of a choice.
     """
 
-    kind: Literal["value", "yes_no", "choice"] = "value"
+    kind: Literal["value", "yes_no", "claim", "choice"] = "value"
     about: str = ""
     apart: str | None = None
     options: int = 3
@@ -168,20 +169,26 @@ class Asker:
         pools: dict[str, list[Sample]] = defaultdict(list)
         for sample in samples:  # an evaluation question never brings a training one a word that is held out
             pools[sample.split].append(sample)
-        make = self._yes_no if ask.kind == "yes_no" else self._choice
+        make = {"yes_no": self._yes_no, "claim": self._claim, "choice": self._choice}[ask.kind]
         for sample in samples:
             if question := make(sample, pools[sample.split]):
                 yield question
 
     def _yes_no(self, sample: Sample, pool: Sequence[Sample]) -> Question | None:
-        about = self.config.ask.about
-        if self._draw("truth", sample) < 0.5:
-            asked, answer = sample.fields[about], YES
-        elif others := self._others(sample, pool, 1):
-            asked, answer = others[0], NO
-        else:
-            return None
-        return self._put(sample._replace(fields={**sample.fields, "asked": asked}), [answer], None)
+        asked = self._asked(sample, pool)
+        return asked and self._put(asked, [YES if self._is_true(sample) else NO], None)
+
+    def _claim(self, sample: Sample, pool: Sequence[Sample]) -> Question | None:
+        asked, answers = self._asked(sample, pool), self._answers(sample)
+        return self._put(asked, answers, self._candidates(sample)) if asked and answers else None
+
+    def _is_true(self, sample: Sample) -> bool:
+        return self._draw("truth", sample) < 0.5
+
+    def _asked(self, sample: Sample, pool: Sequence[Sample]) -> Sample | None:
+        """The sample with what is said of it, true or not; None where there is nothing else to say."""
+        said = [sample.fields[self.config.ask.about]] if self._is_true(sample) else self._others(sample, pool, 1)
+        return sample._replace(fields={**sample.fields, "asked": said[0]}) if said else None
 
     def _choice(self, sample: Sample, pool: Sequence[Sample]) -> Question | None:
         own = sample.fields[self.config.ask.about]

@@ -3,7 +3,8 @@
 Several frames of a video go through tower and Q-Former each with the same instruction; the language model reads the
 queries of all of them in a row.
 
-Shapes: B rows, F frames, Q queries, S tokens that the language model reads, W width of its embeddings.
+Shapes: B rows, F frames, N of both, P patches, D width of the image encoder, Q queries, S tokens that the language
+model reads, W width of its embeddings.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ class AnswerConfig:
         length_penalty: exponent of its length, by which its log-probability is divided; below 0 favours short ones.
         repetition_penalty: of tokens that are there already; 1 for none.
         per_token: candidates are ranked by the mean log-probability of their tokens, instead of the sum.
+        contrast: from a candidate's score so many times its score without the picture are taken off; at 1 what remains
+            is what the picture says for it, not how common its words are (Holtzman et al. 2021, 3). Ranks twice.
         batch_answers: candidates that are read at once.
     """
 
@@ -39,6 +42,7 @@ class AnswerConfig:
     length_penalty: float = -1.0
     repetition_penalty: float = 1.5
     per_token: bool = False
+    contrast: float = 0.0
     batch_answers: int = speed_only(BATCH_ANSWERS)
 
     def __post_init__(self) -> None:
@@ -47,13 +51,17 @@ class AnswerConfig:
                 raise ConfigError(f"{name}: {getattr(self, name)} is below 1")
         if self.max_tokens < self.min_tokens:
             raise ConfigError(f"max_tokens: {self.max_tokens} is below min_tokens = {self.min_tokens}")
+        if self.contrast < 0:
+            raise ConfigError(f"contrast: {self.contrast} is negative")
 
 
 class Answered(NamedTuple):
     """The answer, and the scores of the candidates that it was chosen from."""
 
     text: str
-    scores: np.ndarray | None = None  # (C,) float64 log-probabilities, in the order of the candidates
+    scores: np.ndarray | None = (
+        None  # (C,) float64, in the order of the candidates: log-probabilities, less any contrast
+    )
 
 
 class Answerer:
@@ -80,39 +88,47 @@ class Answerer:
             pixels: (B, F, ...) frames, as `Blip2.see` takes them, on the model's device; one for a picture.
             candidates: of which the answer is one; None where it may be anything.
         """
-        soft_BQW, read_ids_BS, read_mask_BS = self._read(pixels, instructions)
+        frames = pixels.shape[1]
+        read, image_NPD = self.tokens.for_language(instructions), self.model.encode_image(pixels.flatten(0, 1))
+        read_ids_BS, read_mask_BS = (torch.from_numpy(part).to(pixels.device) for part in (read.ids, read.mask))
 
-        def of(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        def of(rows: list[int], soft_BQW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """What some rows read, without the padding of others."""
             mask_BS = read_mask_BS[rows]
             longest = int(mask_BS.sum(1).max())
             return soft_BQW[rows], read_ids_BS[rows, :longest], mask_BS[:, :longest]
 
+        soft_BQW = self._see(image_NPD, frames, instructions)
         answers: list[Answered | None] = [None] * len(instructions)
         if closed := {row: each for row, each in enumerate(candidates) if each is not None}:
-            for row, answer in zip(closed, self._choose(*of(list(closed)), list(closed.values())), strict=True):
-                answers[row] = answer
+            rows, texts = list(closed), list(closed.values())
+            scores = self._rank(*of(rows, soft_BQW), texts)
+            if contrast := self.config.contrast:
+                unseen = self._rank(*of(rows, self._see(torch.zeros_like(image_NPD), frames, instructions)), texts)
+                scores = [seen - contrast * blind for seen, blind in zip(scores, unseen, strict=True)]
+            for row, each, found in zip(rows, texts, scores, strict=True):
+                answers[row] = Answered(each[int(found.argmax())], found)
         if free := [row for row, each in enumerate(candidates) if each is None]:
-            for row, answer in zip(free, self._write(*of(free)), strict=True):
+            for row, answer in zip(free, self._write(*of(free, soft_BQW)), strict=True):
                 answers[row] = answer
         return [answer for answer in answers if answer is not None]
 
-    def _read(self, pixels: Tensor, instructions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        read, question = self.tokens.for_language(instructions), self.tokens.for_former(instructions)
-        device, frames = pixels.device, pixels.shape[1]
+    def _see(self, image_NPD: Tensor, frames: int, instructions: Sequence[str]) -> Tensor:
+        """(B, F Q, W) soft prompts, of the image encoder's outputs; zeros for no picture."""
         asked: tuple[Tensor, ...] = ()
         if self.model.config.reads_instructions:
+            question = self.tokens.for_former(instructions)
             asked = tuple(
-                torch.from_numpy(part).to(device).repeat_interleave(frames, 0) for part in (question.ids, question.mask)
+                torch.from_numpy(part).to(image_NPD.device).repeat_interleave(frames, 0)
+                for part in (question.ids, question.mask)
             )
-        soft_NQW = self.model.soft_prompts(self.model.see(pixels.flatten(0, 1)), *asked)
-        soft_BQW = soft_NQW.unflatten(0, (-1, frames)).flatten(1, 2)
-        return soft_BQW, torch.from_numpy(read.ids).to(device), torch.from_numpy(read.mask).to(device)
+        soft_NQW = self.model.soft_prompts(self.model.former.project_image(image_NPD), *asked)
+        return soft_NQW.unflatten(0, (-1, frames)).flatten(1, 2)
 
-    def _choose(
+    def _rank(
         self, soft_BQW: Tensor, read_ids_BS: Tensor, read_mask_BS: Tensor, candidates: Sequence[Sequence[str]]
-    ) -> list[Answered]:
-        scores = rank(
+    ) -> list[np.ndarray]:
+        return rank(
             self.model.language,
             self.model.read(soft_BQW, read_ids_BS, read_mask_BS),
             self.tokens,
@@ -120,7 +136,6 @@ class Answerer:
             per_token=self.config.per_token,
             batch_answers=self.config.batch_answers,
         )
-        return [Answered(texts[int(found.argmax())], found) for texts, found in zip(candidates, scores, strict=True)]
 
     def _write(self, soft_BQW: Tensor, read_ids_BS: Tensor, read_mask_BS: Tensor) -> list[Answered]:
         config, settings = self.config, dict[str, Any]()

@@ -227,6 +227,7 @@ INSTRUCTED_PARAMETERS = ParamSchema(
         ParamSpec("length_penalty", DataType.double, 1.0),
         ParamSpec("repetition_penalty", DataType.double, 1.0),
         ParamSpec("per_token", DataType.boolean, False),
+        ParamSpec("contrast", DataType.double, 0.0),
     ]
 )
 VQA_PARAMETERS = ParamSchema(

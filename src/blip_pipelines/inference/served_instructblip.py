@@ -89,7 +89,7 @@ class Instructed(Answering):
     """InstructBLIP.
 
     Parameters: `num_beams`, `min_tokens`, `max_tokens`, `length_penalty` and `repetition_penalty` of an answer that is
-    written, `per_token` of a ranking.
+    written, `per_token` and `contrast` of a ranking.
     """
 
     parameters = INSTRUCTED_PARAMETERS

@@ -1,10 +1,10 @@
 """InstructBLIP: the BLIP-2 of stage 2 learns to follow instructions about pictures (InstructBLIP 2).
 
 Q-Former, queries, `ln_vision` and projection go on from stage 2, the Q-Former's text side from stage 1, which stage 2
-kept; image encoder and language model stay as they are. With a warm start the Q-Former can begin where stage 1 left it.
+kept; image encoder and language model stay as they are.
 
 Inputs: `instructions`, `images`, and `start`, the export of stage 2, or a published model where the parameters name
-one (`published`); `stage1`, its export, where the warm start begins there.
+one (`published`).
 
 Outputs: the export of `models.blip2_exports.export_blip2`, `checkpoint/` (everything training left) and `history.json`,
 in which the curve of a warm start comes last, under a name of its own.
@@ -34,7 +34,7 @@ from blip_pipelines.models.blip2_exports import ExportedBlip2, export_blip2, loa
 from blip_pipelines.models.frozen import weights_hash
 from blip_pipelines.models.published import PublishedConfig, open_published
 from blip_pipelines.objectives.instruct import CUT, InstructConfig, InstructionTuning
-from blip_pipelines.objectives.warm_start import ProjectionWarmStart, Told
+from blip_pipelines.objectives.warm_start import ProjectionWarmStart, Told, move_behind
 from blip_pipelines.training.checkpoint import Rows
 from blip_pipelines.training.distributed import World
 from blip_pipelines.training.loop import TrainingConfig, TrainingError, train
@@ -133,8 +133,7 @@ def run(config: dict[str, Any], inputs: Mapping[str, Path], work: Path, world: W
                 f"{model.former.config.queries} queries for the answer; lower it"
             )
         told = Told(model, warm.kept_queries) if warm.kept_queries else None
-        if warm.needs_stage1:
-            _begin_where_stage1_ended(model, inputs)
+        move_behind(model.former, warm.kept_queries)
         before_it = ProjectionWarmStart(model, world, told), warm.optimizer, warm.training(training), folder_of(work)
         warmed = phase(*before_it, shown=SHOWN)
     probe = None
@@ -188,20 +187,6 @@ def _start(settings: InstructTuningConfig, inputs: Mapping[str, Path], world: Wo
     logger.info("start: %s", where)
     start.model.instruct(settings.prompting.prompt, settings.prompting.chat, settings.instruction_aware)
     return start, start.model
-
-
-def _begin_where_stage1_ended(model: Blip2, inputs: Mapping[str, Path]) -> None:
-    """Raises:
-    ConfigError: there is no such input, or its Q-Former is of another make.
-    """
-    where = "instruct_tuning.warm_start.former: stage1"
-    if "stage1" not in inputs:
-        raise ConfigError(f"{where}: there is no input `stage1`, its export; take stage2, as after a published model")
-    former = load_blip2(inputs["stage1"]).former
-    if former.config != model.former.config:
-        raise ConfigError(f"{where}: the Q-Former of {inputs['stage1']} is of another make than that of stage 2")
-    model.former.load_state_dict(former.state_dict())
-    logger.info("start: the Q-Former of %s, which is to say what that of stage 2 says", inputs["stage1"])
 
 
 def _frozen_hashes(start: ExportedBlip2, model: Blip2) -> dict[str, str]:

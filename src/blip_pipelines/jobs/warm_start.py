@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.training.checkpoint import Rows
@@ -38,29 +37,17 @@ class InstructWarmStartConfig(WarmStartConfig):
     """That of instruction tuning, whose start can describe pictures and should not lose that.
 
     Args:
-        kept_queries: the first so many go on to say what they said of a picture; the others spell the answer. 0: all
-            spell it.
-        former: whose Q-Former it starts from, `stage1` with the projection of stage 2. Stage 1 compares picture and
-            text, which stage 2 can do without and loses; what stage 2's queries say is taught by `kept_queries`.
+        kept_queries: the first so many go on to say what they said of a picture, behind the others, which spell the
+            answer. 0: all spell it.
     """
 
     kept_queries: int = 0
-    former: Literal["stage1", "stage2"] = "stage2"
 
     def __post_init__(self) -> None:
         if self.kept_queries < 0:
             raise ConfigError(f"warm_start.kept_queries: {self.kept_queries} is below 0")
         if self.kept_queries and not self.steps:
             raise ConfigError("warm_start.kept_queries: without warm_start.steps nothing is kept; give both or none")
-        if self.former == "stage1" and not (self.steps and self.kept_queries):
-            raise ConfigError(
-                "warm_start.former: stage1 has never spoken to a language model; give warm_start.steps and "
-                "warm_start.kept_queries, or take stage2"
-            )
-
-    @property
-    def needs_stage1(self) -> bool:
-        return self.former == "stage1"
 
 
 def folder_of(work: Path) -> Path:

@@ -22,6 +22,7 @@ from blip_pipelines.data.loader import Batch
 from blip_pipelines.models.attention import at_least_float32
 from blip_pipelines.models.blip2 import Blip2
 from blip_pipelines.models.frozen import Frozen
+from blip_pipelines.models.qformer import QFormer
 from blip_pipelines.objectives.contrastive import Ranks
 from blip_pipelines.objectives.generative import divisor_of, frozen_parts, questions_of
 
@@ -50,14 +51,21 @@ class Told(Frozen):
         return at_least_float32(self.projection(queries_BQD[:, : self.queries]) * self.scale)
 
 
+@torch.no_grad()
+def move_behind(former: QFormer, queries: int) -> None:
+    """The first `queries` queries become the last. They go on to say what they said, for queries have no positions."""
+    former.query_tokens.copy_(former.query_tokens.roll(-queries, 1))
+
+
 class ProjectionWarmStart(nn.Module):
     """A task of its own before stage 2 or instruction tuning: the soft prompts spell the caption, or the answer.
 
     Differs: not in the papers; a run of minutes does not get as far without it.
 
     Args:
-        told: what the first queries go on to say; the answer is then spelled by those behind them. A model that is
-            asked a question of a kind that it was not trained on has the description still.
+        told: what the last queries go on to say (`move_behind`); the answer is then spelled by those before them, where
+            a frozen language model reads it better than behind a description. A model that is asked a question of a
+            kind that it was not trained on has the description still.
     """
 
     def __init__(self, blip2: Blip2, ranks: Ranks, told: Told | None = None):
@@ -80,8 +88,8 @@ class ProjectionWarmStart(nn.Module):
         soft_BQW = at_least_float32(self.blip2.soft_prompts(image, *questions_of(self.blip2, batch)))
         if self.told is None:
             return self._spell(soft_BQW, batch)
-        losses = self._spell(soft_BQW[:, self.told.queries :], batch)
-        off_BK = (soft_BQW[:, : self.told.queries] - self.told(image_BND)).square().mean(2) / self.variance
+        losses = self._spell(soft_BQW[:, : -self.told.queries], batch)
+        off_BK = (soft_BQW[:, -self.told.queries :] - self.told(image_BND)).square().mean(2) / self.variance
         kept = off_BK.sum() / divisor_of(torch.ones_like(off_BK), batch, self.ranks)
         return {**losses, "loss": losses["loss"] + KEEP * kept, "kept": kept.detach()}
 

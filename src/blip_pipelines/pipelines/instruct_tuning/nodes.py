@@ -16,17 +16,14 @@ def read_parameters(block: dict[str, Any]) -> Stage:
     return read_block(Config, LaunchConfig, block, "instruct_tuning")
 
 
-def tune(
-    instructions: Path, own_images: Path, images: Path, stage1: Path, stage2: Path, parameters: dict[str, Any]
-) -> Launched:
+def tune(instructions: Path, own_images: Path, images: Path, stage2: Path, parameters: dict[str, Any]) -> Launched:
     """Train on the held-in data sets' `train` split.
 
     Args:
         instructions: the table.
         own_images: pictures that its data sets brought; found by the table.
         images: those of ingestion, which it speaks of where there are no others.
-        stage1: its export; read where the warm start begins there.
-        stage2: its export; not read where the parameters name a published model.
+        stage2: the export of stage 2; not read where the parameters name a published model.
 
     Returns:
         The receipt of the exports and the last checkpoint; the curves; the run record.
@@ -35,6 +32,4 @@ def tune(
     inputs = {"instructions": instructions, "images": images}
     if stage.config.published is None:
         inputs["start"] = stage2
-        if stage.config.warm_start.needs_stage1:
-            inputs["stage1"] = stage1
     return launched(JOB, stage, inputs)

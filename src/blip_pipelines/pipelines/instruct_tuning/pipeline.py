@@ -10,10 +10,7 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 tune,
-                [
-                    *("instructions", "instructions_images", "images"),
-                    *("blip2_stage1_model", "blip2_stage2_model", "params:instruct_tuning"),
-                ],
+                ["instructions", "instructions_images", "images", "blip2_stage2_model", "params:instruct_tuning"],
                 ["instruct_tuning_model", "instruct_tuning_history", "instruct_tuning_run"],
                 name="tune_on_instructions",
             )
