@@ -136,6 +136,18 @@ def test_greedy_answers_are_the_likeliest_next_tokens(language):
     assert len(set(found)) > 1
 
 
+@pytest.mark.parametrize("kind", ["opt", "llama", "t5"])
+def test_the_head_is_given_states_that_lie_together(kind):
+    """Else torch copies the vocabulary's table for each row, and a prompt of many rows takes seconds."""
+    language = tiny_language(kind)
+    laid_out = []
+    language.model.get_output_embeddings().register_forward_pre_hook(
+        lambda head, states: laid_out.append(states[0].is_contiguous())
+    )
+    language.generate(torch.randn(3, 5, language.width), max_tokens=3)
+    assert laid_out and all(laid_out)
+
+
 def test_training_what_is_before_it_leaves_its_bytes_alone(language):
     ids, mask = answers(language)
     soft = torch.nn.Parameter(prefix(language))
