@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import safetensors.torch
 import torch
@@ -8,6 +10,7 @@ from model_samples import random_stem
 
 from blip_pipelines.data.storage import read_json, sha256_file, write_json
 from blip_pipelines.data.tokens import prune_vocabulary
+from blip_pipelines.models import reload
 from blip_pipelines.models.blip2 import Blip2, Blip2Config
 from blip_pipelines.models.blip2_exports import export_blip2
 from blip_pipelines.models.frozen_tower import TowerConfig, open_tower
@@ -86,3 +89,12 @@ def test_other_outputs_are_a_difference(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reload, "_reload", disturbed)
     assert min(reload_differences(folder).values()) > 1e-3
+
+
+def test_a_difference_is_a_share_of_large_outputs_and_absolute_among_small_ones():
+    def gap(ours, theirs):
+        return reload._gap(torch.tensor(ours), torch.tensor(theirs))
+
+    assert gap([100.05, 3.0], [100.0, 3.0]) == pytest.approx(5e-4, rel=1e-3)
+    assert gap([0.2, 0.5], [0.1, 0.5]) == pytest.approx(0.1)
+    assert math.isnan(gap([float("nan")], [1.0]))

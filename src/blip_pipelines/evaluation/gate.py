@@ -46,7 +46,7 @@ class GateConfig:
     Args:
         level: of the intervals of all guarded metrics of a model together.
         draws, seed: of the paired bootstrap.
-        reload_tolerance: largest absolute difference of outputs.
+        reload_tolerance: largest difference of outputs, as a share of the largest output where that is above 1.
         max_seconds, max_slowdown: of a request with one image; the median, and its ratio to the champion's.
         max_weights_bytes, max_growth: of a loaded model, and its ratio to the champion's.
         models: rules by registered name.

@@ -98,13 +98,14 @@ class Answerer:
             longest = int(mask_BS.sum(1).max())
             return soft_BQW[rows], read_ids_BS[rows, :longest], mask_BS[:, :longest]
 
-        soft_BQW = self._see(image_NPD, frames, instructions)
+        asked = self._asked(instructions, frames, pixels.device)
+        soft_BQW = self._see(image_NPD, frames, asked)
         answers: list[Answered | None] = [None] * len(instructions)
         if closed := {row: each for row, each in enumerate(candidates) if each is not None}:
             rows, texts = list(closed), list(closed.values())
             scores = self._rank(*of(rows, soft_BQW), texts)
             if contrast := self.config.contrast:
-                unseen = self._rank(*of(rows, self._see(torch.zeros_like(image_NPD), frames, instructions)), texts)
+                unseen = self._rank(*of(rows, self._see(torch.zeros_like(image_NPD), frames, asked)), texts)
                 scores = [seen - contrast * blind for seen, blind in zip(scores, unseen, strict=True)]
             for row, each, found in zip(rows, texts, scores, strict=True):
                 answers[row] = Answered(each[int(found.argmax())], found)
@@ -113,15 +114,17 @@ class Answerer:
                 answers[row] = answer
         return [answer for answer in answers if answer is not None]
 
-    def _see(self, image_NPD: Tensor, frames: int, instructions: Sequence[str]) -> Tensor:
+    def _asked(self, instructions: Sequence[str], frames: int, device: torch.device) -> tuple[Tensor, ...]:
+        """What the Q-Former reads, ids and mask of N rows; nothing where it reads no instruction."""
+        if not self.model.config.reads_instructions:
+            return ()
+        question = self.tokens.for_former(instructions)
+        return tuple(
+            torch.from_numpy(part).to(device).repeat_interleave(frames, 0) for part in (question.ids, question.mask)
+        )
+
+    def _see(self, image_NPD: Tensor, frames: int, asked: tuple[Tensor, ...]) -> Tensor:
         """(B, F Q, W) soft prompts, of the image encoder's outputs; zeros for no picture."""
-        asked: tuple[Tensor, ...] = ()
-        if self.model.config.reads_instructions:
-            question = self.tokens.for_former(instructions)
-            asked = tuple(
-                torch.from_numpy(part).to(image_NPD.device).repeat_interleave(frames, 0)
-                for part in (question.ids, question.mask)
-            )
         soft_NQW = self.model.soft_prompts(self.model.former.project_image(image_NPD), *asked)
         return soft_NQW.unflatten(0, (-1, frames)).flatten(1, 2)
 
