@@ -58,7 +58,7 @@ def test_whole_chain_leaves_models_predictions_page_and_numbers(project):
         "blip2_stage1/i2t_r5/image",
         "blip2_stage1/cider/combo",
         "blip2_stage2/cider/combo",
-        "blip2_stage2/bleu4_nucleus/image",
+        "blip2_stage2/bleu4/image",
         "blip2_stage2/accuracy/held_out",
         "instruct_tuning/accuracy/held_in",
         "instruct_tuning/majority/held_out",

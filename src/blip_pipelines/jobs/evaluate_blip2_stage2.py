@@ -15,7 +15,6 @@ from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.data.storage import StorageError
 from blip_pipelines.evaluation.held_out import HeldOut, held_out
 from blip_pipelines.evaluation.predictions import Written
-from blip_pipelines.inference.generation import GenerationConfig
 from blip_pipelines.inference.language_decoder import write_captions
 from blip_pipelines.jobs.exported_blip2 import RankBlip2
 from blip_pipelines.jobs.measuring import MeasuringConfig, Share, predictions_of
@@ -23,7 +22,7 @@ from blip_pipelines.jobs.receipt import OUTPUTS
 from blip_pipelines.models.blip2 import Blip2
 from blip_pipelines.training.distributed import World
 
-Config = MeasuringConfig  # of which only captions are measured: what is asked of retrieval is not read
+Config = MeasuringConfig  # of which captions by `beam` are measured; what is for retrieval and for sampling is not read
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +46,9 @@ def run(config: dict[str, Any], inputs: dict[str, Path], work: Path, world: Worl
     predictions = predictions_of(pairs, model, settings, world)
     for held in scenes:
         share = Share(held, world, settings.batch_images)
-        beam, nucleus = (
-            _captions(model, model.model, settings, held, share, how) for how in (settings.beam, settings.nucleus)
-        )
+        captions = _captions(model, model.model, settings, held, share)
         if predictions:
-            predictions.add_captions(held, beam, nucleus)
+            predictions.add_captions(held, captions)
             found = predictions.metrics[f"cider/{held.subset}"]
             log.info("evaluation: %-8s %5d images   CIDEr %.3f", held.subset, len(held.keys), found)
     if predictions:
@@ -62,16 +59,16 @@ def run(config: dict[str, Any], inputs: dict[str, Path], work: Path, world: Worl
     }
 
 
-def _captions(
-    rank: RankBlip2, model: Blip2, settings: Config, held: HeldOut, share: Share, how: GenerationConfig
-) -> list[Written]:
+def _captions(rank: RankBlip2, model: Blip2, settings: Config, held: HeldOut, share: Share) -> list[Written]:
     """Of every image of the subset, on every rank."""
     read_images = rank.reader(held.rows)
 
     def captions_of(batch: slice, draw_ids: Tensor) -> list[Written]:
         pixels = torch.from_numpy(read_images(held.gallery.images[share.mine[batch]])).to(rank.device)
         with rank.autocast():
-            captions = write_captions(model, pixels, how, prompt=settings.prompt, seed=settings.seed, draw_ids=draw_ids)
+            captions = write_captions(
+                *(model, pixels, settings.beam), prompt=settings.prompt, seed=settings.seed, draw_ids=draw_ids
+            )
         return list(zip(captions.texts, captions.log_probability.tolist(), strict=True))
 
     return share.write(captions_of)

@@ -70,8 +70,10 @@ def answers_of(
     for task in sorted(set(tasks)):
         for moves in (False, True):
             mine = rows[(np.array(tasks) == task) & (is_video == moves)]
-            # Those with as many candidates together: a batch is then written or chosen, not a few rows of each.
-            mine = mine[np.argsort([len(each or ()) for each in _candidates(view, mine, asking)], kind="stable")]
+            # Those with as many candidates together: a batch is then written or chosen, not a few rows of each. Among
+            # them those of like length, so that little is padding.
+            length = [len(text) for text in view.instructions(mine)]
+            mine = mine[np.lexsort((length, [len(each or ()) for each in _candidates(view, mine, asking)]))]
             for batch, pixels in _pixels(view, images, mine, asking, moves):
                 device, candidates = answerers[task].device, _candidates(view, batch, asking)
                 answers = answerers[task].answer(pixels.to(device), view.instructions(batch), candidates)
