@@ -13,6 +13,7 @@ from blip_pipelines.evaluation.ablation import Run
 from blip_pipelines.pipelines import parameters
 
 ROOT = Path(__file__).parents[2]
+RUNS = ("as_it_is/0", "as_it_is/1", "the_same/1", "web_only/0")
 
 
 @pytest.fixture
@@ -91,6 +92,11 @@ def test_ablations_find_the_default_run_train_other_seeds_and_fill_the_report(tm
                             {"stages": ["med_pretraining"], "rows": {"as_it_is": "med_pretraining"}, "seeds": [0, 1]},
                             {
                                 "stages": ["med_pretraining"],
+                                "rows": {"the_same": "med_pretraining"},
+                                "seeds": [1],
+                            },
+                            {
+                                "stages": ["med_pretraining"],
                                 "rows": {"web_only": "med_pretraining"},
                                 "parameters": {"med_pretraining.origins": ["web"]},
                             },
@@ -102,13 +108,19 @@ def test_ablations_find_the_default_run_train_other_seeds_and_fill_the_report(tm
         )
     )
     project.run("kedro", "run", "--pipelines", "ingestion,med_pretraining")
-    output = project.run("kedro", "ablate")
-    assert output.count("jobs.med_pretraining: nothing changed, taking") == 1, "seed 0 is the default run's model"
+    output = project.run("kedro", "ablate", "--parallel", "2")
+    assert "4 of 4" in output
+    logs = {name: (project.root / f"data/ablations/{name}/log.txt").read_text() for name in RUNS}
+    taking = "jobs.med_pretraining: nothing changed, taking"
+    assert [name for name in RUNS if taking in logs[name]] == ["as_it_is/0", "the_same/1"], (
+        "seed 0 is the default run's model; two runs side by side do one training once"
+    )
     found = read_json(project.root / RESULT)
-    assert found["tables"]["seeds"]["seeds"] == {"as_it_is": 2, "web_only": 1}
+    assert found["tables"]["seeds"]["seeds"] == {"as_it_is": 2, "the_same": 1, "web_only": 1}
     assert {"ablation/as_it_is/i2t_r5/all", "ablation/as_it_is/i2t_r5_sd/all"} <= found["metrics"].keys()
     models = [project.root / f"data/ablations/as_it_is/{seed}/06_models/med_pretraining" for seed in (0, 1)]
     assert content_hash(models[0]) == content_hash(project.root / "data/06_models/med_pretraining")
     assert content_hash(models[0]) != content_hash(models[1])
-    again = project.run("kedro", "ablate", "seeds", "--seed", "1")
+    assert content_hash(project.root / "data/ablations/the_same/1/06_models/med_pretraining") == content_hash(models[1])
+    again = project.run("kedro", "ablate", "as_it_is", "--seed", "1", "--parallel", "1")
     assert "nothing changed, taking" in again and "step 1/" not in again

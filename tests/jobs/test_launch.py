@@ -1,9 +1,11 @@
 """Launching: when a job runs, when it is found done, when it may not start. In process; torchrun has its own file."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,23 +155,57 @@ def test_published_outputs_of_other_code_are_made_again(tmp_path: Path, own_job:
     assert not start(tmp_path, CONFIG, "jobbox.job").reused
 
 
-def test_second_run_of_the_same_work_refuses_and_names_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("blip_pipelines.jobs.launch.LOCK_SECONDS", 0.2)
+SECOND = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+from pathlib import Path
+from test_launch import start
+receipt = start(Path(sys.argv[1]))
+print("reused", receipt.reused, receipt.folder, flush=True)
+"""
 
-    start(tmp_path)
-    (lock,) = (tmp_path / "work").glob("*.lock")
-    code = f"import fcntl, time; f = open({str(lock)!r}); fcntl.flock(f, 2); print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
-        try:
-            assert holder.stdout
-            assert holder.stdout.readline() == "held\n"
-            with pytest.raises(LaunchError, match=r"process \d+ is at this work"):
-                start(tmp_path)
-        finally:
-            holder.kill()
-    start(tmp_path)
+
+@pytest.fixture
+def second(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts the same job in a process of its own."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    started = []
+
+    def begin() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", SECOND, str(tmp_path)]
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+        )
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    assert process.stdout
+    return next(line for line in process.stdout if words in line)
+
+
+def test_second_run_of_the_same_work_waits_until_the_first_has_published(tmp_path: Path, second: Any) -> None:
+    """Not only until it has ended: between the two, the outputs are about to be moved."""
+    first = start(tmp_path)
+    waiting = second()
+    assert f"process {os.getpid()} is at this work" in read_until(waiting, "waiting for it")
+    publish_to(first, tmp_path / "final")
+    assert read_until(waiting, "reused") == f"reused True {tmp_path / 'final'}\n"
+
+
+def test_second_run_goes_on_when_the_first_fails(tmp_path: Path, second: Any) -> None:
+    with pytest.raises(ValueError, match="caption 17"):
+        start(tmp_path, failing(5))
+    process = second()
+    assert read_until(process, "reused").startswith("reused False")
+    process.wait()  # unpublished, and gone: its outputs are free
+    publish_to(start(tmp_path), tmp_path / "final")
+    assert start(tmp_path).reused
 
 
 def test_wrong_parameter_is_an_error_before_anything_starts(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ A run's environment lies beside its results, `data/ablations/<run>/<seed>/`. Tra
 are found by their fingerprint and done once; a run that was cut goes on where it was.
 """
 
-import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from blip_pipelines.commands.side_by_side import Task, perform, places
 
 if TYPE_CHECKING:
     from blip_pipelines.evaluation.ablation import Ablations, Run
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 CONFIG = Path("conf/ablations.yml")
 RUNS = Path("data/ablations")
 RESULT = Path("data/08_reporting/ablations.json")
-
-log = logging.getLogger(__name__)
+RUN_BYTES = 4 << 30  # of memory that a run of the default's size may take
 
 
 @click.command()
 @click.argument("names", nargs=-1)
 @click.option("--seed", "seeds", type=int, multiple=True, help="Only these of the configured seeds.")
+@click.option("--parallel", type=click.IntRange(1), help="Runs side by side; by default one a core, one with a GPU.")
 @click.option("--collect", "only_collect", is_flag=True, help="Run nothing: tables of what is there.")
-def ablate(names: tuple[str, ...], seeds: tuple[int, ...], only_collect: bool) -> None:
+def ablate(names: tuple[str, ...], seeds: tuple[int, ...], parallel: int | None, only_collect: bool) -> None:
     """Run the ablations of conf/ablations.yml and write data/08_reporting/ablations.json.
 
     NAMES are of tables, or of single runs by their first row; all if none is given.
@@ -47,11 +47,13 @@ def ablate(names: tuple[str, ...], seeds: tuple[int, ...], only_collect: bool) -
         for seed in run.seeds
         if not seeds or seed in seeds
     ]
-    for number, (run, seed) in enumerate([] if only_collect else wanted, 1):
-        click.echo(f"ablation {number}/{len(wanted)}: {', '.join(run.rows)}, seed {seed}")
-        _perform(run, seed, configured.seeded)
+    tasks = {} if only_collect else {(run.name, seed): _task(run, seed, configured.seeded) for run, seed in wanted}
+    failed = perform([*tasks.values()], parallel or places(RUN_BYTES))
     write_json(RESULT, collect(configured.tables, RUNS))
     click.echo(f"{RESULT}: written; `kedro run --pipelines release` puts it into the report")
+    if failed:
+        folders = ", ".join(task.folder.as_posix() for task in failed)
+        raise click.ClickException(f"{folders}: failed, see above; mend it, and `kedro ablate` goes on there")
 
 
 def read_ablations(path: Path) -> "Ablations":
@@ -74,13 +76,12 @@ def read_ablations(path: Path) -> "Ablations":
     return found
 
 
-def _perform(run: "Run", seed: int, seeded: tuple[str, ...]) -> None:
+def _task(run: "Run", seed: int, seeded: tuple[str, ...]) -> Task:
     folder = RUNS / run.name / str(seed)
     nodes = write_environment(run, seed, seeded, folder)
     environment = Path("..") / folder / "conf"  # seen from conf/
     command = [sys.executable, "-m", "kedro", "run", "--env", environment.as_posix(), "--nodes", ",".join(nodes)]
-    if subprocess.run(command, check=False).returncode:
-        raise click.ClickException(f"the run in {folder} failed, see above; mend it, and `kedro ablate` goes on there")
+    return Task(f"ablation {', '.join(run.rows)}, seed {seed}", command, folder)
 
 
 def write_environment(run: "Run", seed: int, seeded: tuple[str, ...], folder: Path) -> list[str]:

@@ -5,29 +5,27 @@ receipt, which the caller moves into place (`receipt.published`). Whatever dies 
 job goes on from there.
 """
 
-import fcntl
 import importlib
 import logging
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from blip_pipelines.config import ConfigError, arithmetic, read, speed_only
-from blip_pipelines.data.storage import StorageError, content_hash, read_json, write_json
+from blip_pipelines.data.storage import content_hash, read_json, write_json
 from blip_pipelines.jobs import receipt as receipts
 from blip_pipelines.jobs import torchrun
+from blip_pipelines.jobs.claim import claimed
 from blip_pipelines.jobs.closure import changed_files, closure, code_hash, file_hashes
 from blip_pipelines.jobs.receipt import OUTPUTS, RECEIPT, Receipt
 
 CHECKPOINTS = "checkpoints"
 SPEED = "speed.json"
-LOCK_SECONDS = 10.0  # workers of a launcher that was killed are gone within this time
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -82,6 +80,8 @@ def launch(
 ) -> Receipt:
     """The receipt of the job for these parameters and inputs, from a run now or from an earlier one.
 
+    Where another process is at the same work, this waits until it has published its outputs, and takes them.
+
     Args:
         job: dotted name of a module with `run(config, inputs, work, world)` and `Config`, what it reads `config` as.
         inputs: files and folders by the name under which the job asks for them.
@@ -89,7 +89,7 @@ def launch(
 
     Raises:
         ConfigError: of the job's parameters, before anything starts.
-        LaunchError: another run is at the same work, or its code has changed since it began.
+        LaunchError: the code of unfinished work has changed since it began.
         JobFailed, JobStopped: see `torchrun.run`; inline, the job's own exception.
     """
     module = importlib.import_module(job)
@@ -99,7 +99,7 @@ def launch(
     files = closure([job, torchrun.WORKER] if job.partition(".")[0] == __name__.partition(".")[0] else job)
     code, root = code_hash(files), Path(launch.work)
     tail = _Tail(root / name, on_history)
-    with _lock(root, name) as lock:
+    with claimed(root, name, unpublished=root / name / OUTPUTS / RECEIPT) as lock:
         if not launch.force and (found := receipts.find(root, name, code)):
             logger.info("%s: nothing changed, taking %s", job, found.folder)
             tail.send(found.folder)
@@ -200,34 +200,6 @@ class _Tail:
         if rows and self.on_history:
             self.on_history(rows)
         return bool(rows)
-
-
-@contextmanager
-def _lock(root: Path, name: str) -> Iterator[int]:
-    """A file descriptor that holds the lock on this piece of work; the agent of a job keeps it too."""
-    root.mkdir(parents=True, exist_ok=True)
-    path = root / f"{name}{receipts.LOCK}"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    holder = os.read(handle, 100).decode().strip() or "?"
-                    raise LaunchError(
-                        f"{root / name}: process {holder} is at this work; wait for it or stop it"
-                    ) from None
-                time.sleep(0.1)
-            except OSError as error:
-                raise StorageError(f"{path}: cannot lock ({error}); choose another folder as launch.work") from error
-        os.truncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def _seconds(work: Path) -> float:

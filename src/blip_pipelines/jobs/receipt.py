@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from blip_pipelines.data.storage import read_json, sha256, sha256_file, write_json
+from blip_pipelines.jobs.claim import release
 
 RECEIPT = "receipt.json"
 OUTPUTS = "out"
 INDEX = "index"
-LOCK = ".lock"
 VERSIONS = ("torch", "transformers", "numpy", "pillow")
 
 
@@ -76,7 +76,7 @@ def find(root: Path, name: str, code: str) -> Receipt | None:
 def published(receipt: Receipt, final: Path) -> None:
     """Note that the outputs now lie in `final`, so that the same job returns at once, and drop the partial work.
 
-    Called by who moved `receipt.folder` to `final`.
+    Called by who moved `receipt.folder` to `final`; whoever waits for this work goes on.
     """
     if receipt.reused:
         return
@@ -93,7 +93,7 @@ def published(receipt: Receipt, final: Path) -> None:
     }
     write_json(root / INDEX / f"{receipt.fingerprint}.json", entry)
     shutil.rmtree(work, ignore_errors=True)
-    (root / f"{receipt.fingerprint}{LOCK}").unlink(missing_ok=True)
+    release(root, receipt.fingerprint)
 
 
 def versions() -> dict[str, str]:
