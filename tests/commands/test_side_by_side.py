@@ -1,4 +1,4 @@
-"""Commands side by side: how many at a time, on which cores, what is said of those that fail, and how they are stopped."""
+"""Commands side by side: how many at a time, on which cores, what is said of failures, and how they are stopped."""
 
 import json
 import os
