@@ -7,8 +7,10 @@ pipeline is about to run, so that `kedro --help` and `kedro viz` stay fast.
 import atexit
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -48,6 +50,42 @@ class CheckParameters:
         values = catalog.load("parameters")
         for stage in dict.fromkeys(stage_of(node) for node in pipeline.nodes):
             parameters.read_stage(stage, values)
+
+
+class StageTaken(RuntimeError):
+    """Another run is at the same stage of the same data folder; the message says which."""
+
+
+class HoldStages:
+    """Two runs must not write the outputs of one stage at once: the second is refused."""
+
+    @hook_impl
+    def after_context_created(self, context: Any) -> None:
+        self._folder = Path(context.project_path) / context.config_loader["globals"]["data"]
+        self._held: list[int] = []
+
+    @hook_impl
+    def before_pipeline_run(self, pipeline: Pipeline) -> None:
+        from blip_pipelines.jobs.claim import attempt
+
+        for stage in sorted({stage_of(node) for node in pipeline.nodes}):
+            found = attempt(self._folder / ".work" / "stages" / f"{stage}.lock")
+            if isinstance(found, str):
+                self._let_go()
+                raise StageTaken(f"{stage}: process {found} is at this stage in {self._folder}; wait for it or stop it")
+            self._held.append(found)
+
+    @hook_impl
+    def after_pipeline_run(self) -> None:
+        self._let_go()
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        while self._held:
+            os.close(self._held.pop())
 
 
 def print_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -95,6 +133,10 @@ class TrackRuns:
         self._parent.log_parameters(run_params["runtime_params"])
         log.info("MLflow: run %s in %s", self._parent.id, self._store.uri)
         atexit.register(self._finish, "KILLED")  # Ctrl-C reaches no hook of Kedro
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(
+                signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+            )  # so that this runs at exit as well
 
     @hook_impl
     def before_node_run(self, node: Node) -> None:

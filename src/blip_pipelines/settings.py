@@ -4,10 +4,10 @@ Blocks of an environment are merged key by key into `base` (Kedro's own default 
 `conf/smoke` states only what differs and `--params med_pretraining.training.steps=10` changes one value.
 """
 
-from blip_pipelines.hooks import CheckParameters, RecordOutputs, TrackRuns
+from blip_pipelines.hooks import CheckParameters, HoldStages, RecordOutputs, TrackRuns
 
 # Kedro calls hooks in reverse: parameters are checked first, outputs recorded last.
-HOOKS = (RecordOutputs(), TrackRuns(), CheckParameters())
+HOOKS = (RecordOutputs(), TrackRuns(), HoldStages(), CheckParameters())
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)
 CONFIG_LOADER_ARGS = {
     "base_env": "base",

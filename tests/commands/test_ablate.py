@@ -6,6 +6,7 @@ import pytest
 import yaml
 from project_samples import Project
 
+from blip_pipelines.commands import ablate as ablation
 from blip_pipelines.commands.ablate import CONFIG, RESULT, read_ablations, write_environment
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.storage import content_hash, read_json
@@ -68,6 +69,19 @@ def test_a_data_set_can_be_read_in_place_of_another(project, tmp_path):
     assert catalog["med_bootstrapped_model"]["filepath"] == "data/06_models/med_pretraining"
 
 
+def test_a_run_that_is_named_twice_is_done_once(monkeypatch):
+    from click.testing import CliRunner
+
+    done = []
+    monkeypatch.setattr(ablation, "perform", lambda tasks, _: done.extend(tasks) or [])
+    monkeypatch.setattr(ablation, "_task", lambda run, seed, _: (run.name, seed))
+    monkeypatch.setattr(ablation, "RESULT", Path("/dev/null"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("blip_pipelines.data.storage.write_json", lambda *_: None)
+    assert CliRunner().invoke(ablation.ablate, ["noise", "noise_20_without", "--parallel", "2"]).exit_code == 0
+    assert [name for name, _ in done].count("noise_20_without") == 1
+
+
 def test_a_comparison_with_no_row_is_refused(tmp_path):
     table = {"title": "", "measures": [], "subsets": [], "runs": [], "better": {"both": "none"}}
     (tmp_path / "ablations.yml").write_text(yaml.safe_dump({"seeded": [], "tables": {"capfilt": table}}))
@@ -76,6 +90,7 @@ def test_a_comparison_with_no_row_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ablations_find_the_default_run_train_other_seeds_and_fill_the_report(tmp_path):
     project = Project(tmp_path)
     project.take_photos(32)
@@ -89,12 +104,12 @@ def test_ablations_find_the_default_run_train_other_seeds_and_fill_the_report(tm
                         "measures": ["i2t_r5"],
                         "subsets": ["all"],
                         "runs": [
-                            {"stages": ["med_pretraining"], "rows": {"as_it_is": "med_pretraining"}, "seeds": [0, 1]},
                             {
                                 "stages": ["med_pretraining"],
                                 "rows": {"the_same": "med_pretraining"},
                                 "seeds": [1],
                             },
+                            {"stages": ["med_pretraining"], "rows": {"as_it_is": "med_pretraining"}, "seeds": [1, 0]},
                             {
                                 "stages": ["med_pretraining"],
                                 "rows": {"web_only": "med_pretraining"},
@@ -111,10 +126,11 @@ def test_ablations_find_the_default_run_train_other_seeds_and_fill_the_report(tm
     output = project.run("kedro", "ablate", "--parallel", "2")
     assert "4 of 4" in output
     logs = {name: (project.root / f"data/ablations/{name}/log.txt").read_text() for name in RUNS}
-    taking = "jobs.med_pretraining: nothing changed, taking"
-    assert [name for name in RUNS if taking in logs[name]] == ["as_it_is/0", "the_same/1"], (
-        "seed 0 is the default run's model; two runs side by side do one training once"
-    )
+    taking, waiting = "jobs.med_pretraining: nothing changed, taking", "is at this work; waiting for it"
+    assert taking in logs["as_it_is/0"], "seed 0 is the default run's model"
+    both = [logs["as_it_is/1"], logs["the_same/1"]]
+    assert all(taking in log for log in both if waiting in log)
+    assert sum(taking in log for log in both) == 1, "two runs side by side do one training once"
     found = read_json(project.root / RESULT)
     assert found["tables"]["seeds"]["seeds"] == {"as_it_is": 2, "the_same": 1, "web_only": 1}
     assert {"ablation/as_it_is/i2t_r5/all", "ablation/as_it_is/i2t_r5_sd/all"} <= found["metrics"].keys()

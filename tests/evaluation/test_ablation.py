@@ -1,6 +1,7 @@
 """Ablation tables out of what runs left behind."""
 
 import statistics
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,6 +48,21 @@ def test_an_unequal_number_of_seeds_is_shown_but_not_compared(tmp_path):
     found = collect(tables((0, 1)), tmp_path)
     assert found["tables"]["capfilt"]["seeds"] == {"none": 2, "both": 1}
     assert not any("_over_" in name for name in found["metrics"])
+
+
+def test_all_subsets_together_are_their_samples_not_their_means(tmp_path):
+    for stage, gain in (("med", 0.0), ("boot", 1.0)):
+        folder = tmp_path / "none" / "0"
+        run(folder, stage, [0.0] * 9)
+        path = folder / "07_model_output" / stage / "predictions_captions.parquet"
+        rows = [*pq.read_table(path).to_pylist(), {"subset": "image", "key": "alone", "cider": 5.0 + gain}]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    each = tables((0,))["capfilt"]
+    metrics = collect({"capfilt": replace(each, subsets=("combo", "all"))}, tmp_path)["metrics"]
+    assert metrics["ablation/none/cider/all"] == pytest.approx(0.5)
+    assert metrics["ablation/both/cider/all"] == pytest.approx(0.6)
+    assert metrics["ablation/both/cider_over_none/all"] == pytest.approx(0.1)
+    assert not any(name.endswith("/all") for name in collect({"capfilt": each}, tmp_path)["metrics"])
 
 
 def test_page_says_how_to_fill_tables_that_are_empty():

@@ -1,11 +1,14 @@
 """Launching: when a job runs, when it is found done, when it may not start. In process; torchrun has its own file."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 
 from blip_pipelines.config import ConfigError
 from blip_pipelines.data.storage import publish, read_json
+from blip_pipelines.jobs.claim import attempt
 from blip_pipelines.jobs.launch import LaunchConfig, LaunchError, launch
 from blip_pipelines.jobs.receipt import Receipt, published
 
@@ -155,27 +159,27 @@ def test_published_outputs_of_other_code_are_made_again(tmp_path: Path, own_job:
     assert not start(tmp_path, CONFIG, "jobbox.job").reused
 
 
-SECOND = """
-import logging, sys
+OTHER = """
+import json, logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 from pathlib import Path
 from test_launch import start
-receipt = start(Path(sys.argv[1]))
+receipt = start(Path(sys.argv[1]), json.loads(sys.argv[2]))
 print("reused", receipt.reused, receipt.folder, flush=True)
 """
+SLOW = {**CONFIG, "step_seconds": 0.5}  # the same job
 
 
 @pytest.fixture
-def second(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+def other(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts the same job in a process of its own."""
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    started = []
+    started: list[subprocess.Popen[str]] = []
 
-    def begin() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", SECOND, str(tmp_path)]
-        started.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
-        )
+    def begin(config: dict[str, Any] = CONFIG) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", OTHER, str(tmp_path), json.dumps(config)]
+        environment = {**os.environ, "PYTHONPATH": path}
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
         return started[-1]
 
     yield begin
@@ -184,28 +188,86 @@ def second(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
         process.communicate()
 
 
+def let_go(found: int | str) -> None:
+    assert isinstance(found, int), f"process {found} has it"
+    os.close(found)
+
+
 def read_until(process: subprocess.Popen[str], words: str) -> str:
     assert process.stdout
     return next(line for line in process.stdout if words in line)
 
 
-def test_second_run_of_the_same_work_waits_until_the_first_has_published(tmp_path: Path, second: Any) -> None:
+def test_second_run_of_the_same_work_waits_until_the_first_has_published(tmp_path: Path, other: Any) -> None:
     """Not only until it has ended: between the two, the outputs are about to be moved."""
     first = start(tmp_path)
-    waiting = second()
-    assert f"process {os.getpid()} is at this work" in read_until(waiting, "waiting for it")
+    waiting = other()
+    assert f"engine_samples: process {os.getpid()}, " in read_until(waiting, "waiting for it")
     publish_to(first, tmp_path / "final")
     assert read_until(waiting, "reused") == f"reused True {tmp_path / 'final'}\n"
 
 
-def test_second_run_goes_on_when_the_first_fails(tmp_path: Path, second: Any) -> None:
-    with pytest.raises(ValueError, match="caption 17"):
-        start(tmp_path, failing(5))
-    process = second()
-    assert read_until(process, "reused").startswith("reused False")
-    process.wait()  # unpublished, and gone: its outputs are free
+def test_second_run_goes_on_when_the_first_is_killed(tmp_path: Path, other: Any) -> None:
+    first = other(SLOW)
+    while not [*tmp_path.glob("work/*/checkpoints/[0-9]*")]:
+        assert first.poll() is None
+        time.sleep(0.05)
+    waiting = other()
+    assert f"process {first.pid}, " in read_until(waiting, "waiting for it")
+    first.kill()
+    assert read_until(waiting, "reused").startswith("reused False")
+    waiting.wait()  # unpublished, and gone: its outputs are free
     publish_to(start(tmp_path), tmp_path / "final")
     assert start(tmp_path).reused
+
+
+def test_reused_and_failed_work_is_free_for_others_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="caption 17"):
+        start(tmp_path, failing(5))
+    (lock,) = (tmp_path / "work").glob("*.lock")
+    let_go(attempt(lock))
+    publish_to(start(tmp_path), tmp_path / "final")
+    start(tmp_path)
+    assert not [*(tmp_path / "work").glob("*.lock")]
+
+
+def test_work_that_one_thread_has_not_moved_yet_is_not_given_to_another(tmp_path: Path) -> None:
+    first = start(tmp_path)
+    with ThreadPoolExecutor() as threads:
+        other = threads.submit(start, tmp_path)
+        with pytest.raises(TimeoutError):
+            other.result(timeout=1)
+        publish_to(first, tmp_path / "final")
+        assert other.result(timeout=30).reused
+
+
+def test_a_lock_is_the_file_that_lies_there(tmp_path: Path) -> None:
+    """Not one that went while somebody waited for it."""
+    path = tmp_path / "work.lock"
+    old = attempt(path)
+    assert attempt(path) == str(os.getpid())
+    path.unlink()
+    new = attempt(path)
+    let_go(old)
+    assert attempt(path) == str(os.getpid())
+    let_go(new)
+
+
+def test_an_unlinked_file_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removed between opening it and locking it, as whoever finishes does."""
+    path, flock = tmp_path / "work.lock", fcntl.flock
+    removed = []
+
+    def late(handle: int, how: int) -> None:
+        if not removed:
+            removed.append(path.unlink())
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    found = attempt(path)
+    assert isinstance(found, int)
+    assert os.fstat(found).st_ino == path.stat().st_ino
+    let_go(found)
 
 
 def test_wrong_parameter_is_an_error_before_anything_starts(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from blip_pipelines.models.frozen import weights_hash
 from blip_pipelines.models.gguf import write_llama
 from blip_pipelines.models.language import LanguageConfig, LanguageError, LanguageModel, dense_folder, open_language
-from blip_pipelines.models.language_attention import widen_attention
+from blip_pipelines.models.language_attention import choose_attention
 from blip_pipelines.models.precision import is_half
 
 KINDS = ["opt", "llama", "t5"]
@@ -206,7 +206,7 @@ def test_attention_in_half_precision_is_near_the_exact_gradient_as_stock_attenti
         (found * torch.linspace(-1, 1, found.numel()).sin().view_as(found)).sum().backward()
         return states.grad
 
-    assert stock.config._attn_implementation == "sdpa_or_float32"
+    assert stock.config._attn_implementation == "sdpa_or_plain"
     ours = gradient()
     stock.set_attn_implementation("sdpa")
     theirs = gradient()
@@ -215,9 +215,9 @@ def test_attention_in_half_precision_is_near_the_exact_gradient_as_stock_attenti
     assert not torch.equal(ours, theirs)
     for found in (ours, theirs):
         assert (found - exact).norm() < 0.1 * exact.norm()
-    widen_attention(stock)
+    choose_attention(stock)
     stock.save_pretrained(tmp_path)
-    assert "sdpa_or_float32" not in (tmp_path / "config.json").read_text()
+    assert "sdpa_or_plain" not in (tmp_path / "config.json").read_text()
 
 
 @pytest.mark.parametrize(("gpu", "amx", "expected"), [(True, False, True), (False, True, True), (False, False, False)])

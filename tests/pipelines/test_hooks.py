@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +166,42 @@ def test_kedro_starts_without_the_heavy_libraries():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_runs_at_one_stage_of_a_data_folder_are_kept_apart(tmp_path):
+    def hold(data: str, pipeline: Pipeline) -> hooks.HoldStages:
+        found = hooks.HoldStages()
+        found.after_context_created(SimpleNamespace(project_path=tmp_path, config_loader={"globals": {"data": data}}))
+        found.before_pipeline_run(pipeline)
+        return found
+
+    first = hold("data", two_stages())
+    with pytest.raises(hooks.StageTaken, match=rf"evaluation: process \d+ is at this stage in {tmp_path / 'data'}"):
+        hold("data", two_stages().only_nodes("measure"))
+    hold("data/ablations/noise/0", two_stages()).after_pipeline_run()
+    first.on_pipeline_error()
+    again = hold("data", two_stages().only_nodes("measure"))
+    hold("data", two_stages().only_nodes("train")).after_pipeline_run()  # another stage
+    again.after_pipeline_run()
+
+
+@pytest.mark.slow
+def test_sigterm_marks_the_run_killed(tmp_path):
+    """As Ctrl-C does, also where no job is in hand that would save."""
+    code = (
+        "import signal, sys, time\nfrom pathlib import Path\nfrom types import SimpleNamespace as Of\n"
+        "from kedro.io import DataCatalog\nfrom kedro.pipeline import Pipeline\n"
+        "from blip_pipelines.hooks import TrackRuns\nhook = TrackRuns()\n"
+        f"tracking = {{'folder': {str(tmp_path)!r}, 'experiment': 'stopped', 'system_metrics_seconds': 60}}\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "hook.after_context_created(Of(project_path=root, config_loader={'tracking': tracking}))\n"
+        "about = {'run_id': 'now', 'env': None, 'pipeline_names': None, 'runtime_params': {}}\n"
+        "hook.before_pipeline_run(about, Pipeline([]), DataCatalog())\nprint('begun', flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and "begun\n" in iter(process.stdout.readline, "")
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    store = Store(tmp_path, "stopped")
+    (found,) = store.client.search_runs([store.experiment])
+    assert found.info.status == "KILLED"

@@ -36,6 +36,12 @@ def test_speed_leaves_pauses_out_and_counts_waiting() -> None:
     assert numbers["peak_memory_bytes"] > 2**20
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_speed_of_the_first_steps_is_one_of_steps(steps: int) -> None:
+    """Also of exactly those that are left out later on."""
+    assert measured(steps, wait=0.01, work=0.01).numbers()["samples_per_second"] <= 10 / 0.02
+
+
 def test_unknown_flops_leave_mfu_out() -> None:
     meter = Meter(10, 1, None, 1e9)
     meter.step()

@@ -1,7 +1,8 @@
 """`kedro ablate`: the runs of `conf/ablations.yml`, each a `kedro run` in a data folder of its own.
 
 A run's environment lies beside its results, `data/ablations/<run>/<seed>/`. Trainings that two runs have in common
-are found by their fingerprint and done once; a run that was cut goes on where it was.
+are found by their fingerprint and done once; a run that was cut goes on where it was. On a CPU they go side by side, a
+core each, so that sums round differently from the default run, which has all cores.
 """
 
 import sys
@@ -48,7 +49,7 @@ def ablate(names: tuple[str, ...], seeds: tuple[int, ...], parallel: int | None,
         if not seeds or seed in seeds
     ]
     tasks = {} if only_collect else {(run.name, seed): _task(run, seed, configured.seeded) for run, seed in wanted}
-    failed = perform([*tasks.values()], parallel or places(RUN_BYTES))
+    failed = perform([*tasks.values()], parallel or places(RUN_BYTES)) if tasks else []
     write_json(RESULT, collect(configured.tables, RUNS))
     click.echo(f"{RESULT}: written; `kedro run --pipelines release` puts it into the report")
     if failed:

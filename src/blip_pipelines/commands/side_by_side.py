@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import click
 
 LOG = "log.txt"
 POLL_SECONDS = 0.5
+STOPS = (signal.SIGTERM, signal.SIGHUP)  # beside Ctrl-C
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -27,25 +29,24 @@ class Task:
 
 def places(bytes_each: int) -> int:
     """How many go at a time: one with a GPU, else one a core, as far as memory reaches for `bytes_each`."""
-    import psutil
     import torch
 
-    if torch.cuda.is_available() or not hasattr(os, "sched_getaffinity"):
+    if torch.cuda.is_available():
         return 1
-    return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // bytes_each))
+    return max(1, min(len(_cores()), available_bytes() // bytes_each))
 
 
 def perform(tasks: Sequence[Task], parallel: int) -> list[Task]:
     """Run all, `parallel` at a time, and return those that failed; one alone shows its output as it comes.
 
-    Ctrl-C and SIGTERM stop those that run, with SIGTERM, before they reach the caller.
+    Ctrl-C, SIGTERM and SIGHUP stop those that run, with SIGTERM, before they reach the caller; Ctrl-C again kills them.
     """
     from blip_pipelines.evaluation.page import duration
 
+    parallel = min(parallel, len(tasks))
     waiting, running, failed = list(enumerate(tasks, 1)), list[_Running](), list[Task]()
     free, started = cores_of(parallel), time.monotonic()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
+    with _stopping(running):
         while waiting or running:
             while waiting and free:
                 number, task = waiting.pop(0)
@@ -64,20 +65,36 @@ def perform(tasks: Sequence[Task], parallel: int) -> list[Task]:
                 how = "failed" if each.process.returncode else "done"
                 took = duration(time.monotonic() - each.started)
                 click.echo(f"{each.task.title}: {how} in {took}; {done} of {len(tasks)}, about {left} left")
-    finally:
-        for each in running:
-            each.process.terminate()
-        for each in running:
-            each.process.wait()
-        signal.signal(signal.SIGTERM, before)
     return failed
 
 
 def cores_of(parallel: int) -> list[set[int]]:
     """The cores of each of so many processes; disjoint unless there are fewer cores than processes."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    each = max(len(cores) // parallel, 1)
-    return [{cores[(place * each + n) % len(cores)] for n in range(each) if cores} for place in range(parallel)]
+    import numpy as np
+
+    cores = _cores()
+    parts = [set(part.tolist()) for part in np.array_split(cores, parallel)]
+    return [part or {cores[place % len(cores)]} for place, part in enumerate(parts)]
+
+
+def available_bytes() -> int:
+    """Memory that is free for new processes, on this machine and within the container's limit."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        files = int(parts["active_file"]) + int(parts["inactive_file"])  # a cache, given back when it is asked for
+    except (OSError, ValueError, KeyError):  # no container, or no limit
+        return available
+    return min(available, limit - used + files)
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return [0]  # where processes cannot be kept apart, one goes at a time
 
 
 class _Running:
@@ -87,8 +104,35 @@ class _Running:
         with nullcontext() if self.log is None else self.log.open("w") as output:
             # In a session of its own, as Ctrl-C is to come to this process alone.
             self.process = subprocess.Popen(task.command, stdout=output, stderr=output, start_new_session=True)
-        if cores and not alone:
+        if not alone and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(self.process.pid, cores)  # before it has threads: they inherit it
 
     def tail(self) -> str:
-        return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-20:]) if self.log else ""
+        if self.log is None:
+            return ""
+        return "\n".join([*self.log.read_text("utf-8", "replace").splitlines()[-20:], f"All of it: {self.log}"])
+
+
+@contextmanager
+def _stopping(running: list[_Running]) -> Iterator[None]:
+    """Nothing of `running` outlives this, however it ends."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    for number in STOPS:
+        if before[number] != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        try:
+            if running:
+                click.echo(f"stopping {len(running)}: they save at the end of their step; Ctrl-C again kills them")
+            for each in running:
+                each.process.terminate()
+            for each in running:
+                each.process.wait()
+        finally:
+            for each in running:
+                each.process.kill()
+                each.process.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -11,6 +11,8 @@ from blip_pipelines.evaluation.comparison import compare_scores
 from blip_pipelines.evaluation.page import Html, is_number, note, plain, table, tag
 from blip_pipelines.evaluation.scores import Scores, scores_of
 
+ALL = "all"  # among a table's subsets: the samples of all of them, each measured within its own
+
 
 @dataclass(frozen=True)
 class Run:
@@ -39,7 +41,7 @@ class Table:
     """Runs side by side, at equal steps.
 
     Args:
-        measures, subsets: what is shown.
+        measures, subsets: what is shown; `all` among the subsets is all of them together.
         better: by the name of a line, the line that it is compared with, sample by sample.
     """
 
@@ -82,11 +84,12 @@ def collect(tables: Mapping[str, Table], root: Path) -> dict[str, Any]:
         done = {
             row: [folder for folder in folders[row] if measures_file(folder, stages[row]).exists()] for row in stages
         }
+        pool = ALL in each.subsets
         for row, found in done.items():
-            metrics |= _means(row, [read_json(measures_file(folder, stages[row])) for folder in found])
+            metrics |= _means(row, [_measured(folder, stages[row], pool) for folder in found])
         for row, other in each.better.items():
             if done[row] and len(done[row]) == len(done[other]):
-                new, old = ([_predictions(f, stages[line]) for f in done[line]] for line in (row, other))
+                new, old = (_over_seeds([_scores(f, stages[line], pool) for f in done[line]]) for line in (row, other))
                 metrics |= _comparison(row, other, new, old)
         lines = {row: len(found) for row, found in done.items() if found}
         if lines:
@@ -97,10 +100,20 @@ def collect(tables: Mapping[str, Table], root: Path) -> dict[str, Any]:
     return {"metrics": metrics, "tables": shown}
 
 
-def _predictions(folder: Path, stage: str) -> Path:
-    """Of captions and queries, or answers."""
+def _scores(folder: Path, stage: str, pool: bool) -> Scores:
+    """Of captions and queries, or answers; with `pool` also those of all subsets together."""
     answers = folder / "07_model_output" / f"{stage}_answers"
-    return answers if answers.exists() else answers.with_name(stage)
+    scores = scores_of(answers if answers.exists() else answers.with_name(stage))
+    together: Scores = {}
+    for (metric, _), samples in scores.items() if pool else ():
+        together.setdefault((metric, ALL), {}).update(samples)
+    return scores | together
+
+
+def _measured(folder: Path, stage: str, pool: bool) -> dict[str, float]:
+    pooled = {name: samples for name, samples in _scores(folder, stage, pool).items() if name[1] == ALL} if pool else {}
+    means = {f"{stage}/{metric}/{subset}": statistics.fmean(of.values()) for (metric, subset), of in pooled.items()}
+    return means | read_json(measures_file(folder, stage))
 
 
 def _means(row: str, measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -115,17 +128,16 @@ def _means(row: str, measured: Sequence[Mapping[str, float]]) -> dict[str, float
     return found
 
 
-def _comparison(row: str, other: str, new: Sequence[Path], old: Sequence[Path]) -> dict[str, float]:
+def _comparison(row: str, other: str, new: Scores, old: Scores) -> dict[str, float]:
     return {
         f"ablation/{row}/{metric}_over_{other}{end}/{subset}": value
-        for (metric, subset), found in compare_scores(_over_seeds(new), _over_seeds(old)).items()
+        for (metric, subset), found in compare_scores(new, old).items()
         for end, value in (("", found.mean), ("_low", found.low), ("_high", found.high))
     }
 
 
-def _over_seeds(folders: Sequence[Path]) -> Scores:
+def _over_seeds(of_seeds: Sequence[Scores]) -> Scores:
     """Of each sample the mean score."""
-    of_seeds = [scores_of(folder) for folder in folders]
     return {
         name: {sample: statistics.fmean(scores[name][sample] for scores in of_seeds) for sample in samples}
         for name, samples in of_seeds[0].items()

@@ -3,9 +3,11 @@
 import fcntl
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from blip_pipelines.data.storage import StorageError
@@ -15,29 +17,45 @@ POLL_SECONDS = 0.2
 
 logger = logging.getLogger(__name__)
 
-# Locks on what this process has finished and not yet moved into place, by lock file.
-_kept: dict[Path, int] = {}
+# Locks on what a thread of this process has finished and not yet moved into place, by lock file.
+_kept: dict[Path, tuple[int, int]] = {}
+
+
+@dataclass
+class Claim:
+    """A lock that is held.
+
+    Attributes:
+        handle: file descriptor; the lock lasts as long as any process has it open, so the agent of a job keeps it too.
+        keeps: set to hold on to the lock until `release`: the outputs are about to be moved.
+    """
+
+    handle: int
+    keeps: bool = False
 
 
 @contextmanager
-def claimed(root: Path, name: str, unpublished: Path) -> Iterator[int]:
-    """A file descriptor that holds the lock on this piece of work; the agent of a job keeps it too.
+def claimed(root: Path, name: str, what: str) -> Iterator[Claim]:
+    """The lock on a piece of work; while another process holds it this one waits, and says so.
 
-    While another process holds it this one waits, and says so. If the file `unpublished` is there at the end, the lock
-    stays with this process until `release`, so that nobody takes or makes anew what is about to be moved.
+    Args:
+        what: is being made, for that message.
 
     Raises:
         StorageError: the folder is on a file system without locks.
     """
     path = _path(root, name)
-    handle = _kept.pop(path) if path in _kept else _wait(path, root / name)
+    kept = _take(path)
+    claim = Claim(_wait(path, what) if kept is None else kept)
     try:
-        yield handle
+        yield claim
     finally:
-        if unpublished.exists():
-            _kept[path] = handle
+        if claim.keeps:
+            _kept[path] = claim.handle, threading.get_ident()
         else:
-            os.close(handle)
+            if not (root / name).exists():
+                path.unlink(missing_ok=True)
+            os.close(claim.handle)
 
 
 def release(root: Path, name: str) -> None:
@@ -45,32 +63,50 @@ def release(root: Path, name: str) -> None:
     path = _path(root, name)
     path.unlink(missing_ok=True)
     if path in _kept:
-        os.close(_kept.pop(path))
+        os.close(_kept.pop(path)[0])
 
 
-def _wait(path: Path, work: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    told = False
+def _take(path: Path) -> int | None:
+    """What this thread kept, if it is still the lock."""
+    handle, thread = _kept.get(path, (0, 0))
+    if thread != threading.get_ident():
+        return None
+    del _kept[path]
+    if _lies_at(path, handle):
+        return handle
+    os.close(handle)
+    return None
+
+
+def _wait(path: Path, what: str) -> int:
+    told = None
+    while isinstance(found := attempt(path), str):
+        if told != found:
+            logger.info("%s: process %s, or a job that it started, is at this work; waiting for it", what, found)
+        told = found
+        time.sleep(POLL_SECONDS)
+    return found
+
+
+def attempt(path: Path) -> int | str:
+    """A file descriptor that holds the lock on a file, or else the number of the process that has it."""
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(handle, 100, 0).decode().strip() or "?"
+            holder = os.pread(handle, 100, 0).decode().strip()
             os.close(handle)
-            if not told:
-                logger.info("%s: process %s is at this work; waiting for it", work, holder)
-            told = True
-            time.sleep(POLL_SECONDS)
+            return holder or "?"
         except OSError as error:
             os.close(handle)
             raise StorageError(f"{path}: cannot lock ({error}); choose another folder as launch.work") from error
-        else:
-            if _lies_at(path, handle):
-                os.truncate(handle, 0)
-                os.pwrite(handle, str(os.getpid()).encode(), 0)
-                return handle
-            os.close(handle)  # whoever held it has finished and removed the file
+        if _lies_at(path, handle):
+            os.truncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            return handle
+        os.close(handle)  # whoever held it has finished and removed the file
 
 
 def _lies_at(path: Path, handle: int) -> bool:

@@ -99,7 +99,7 @@ def launch(
     files = closure([job, torchrun.WORKER] if job.partition(".")[0] == __name__.partition(".")[0] else job)
     code, root = code_hash(files), Path(launch.work)
     tail = _Tail(root / name, on_history)
-    with claimed(root, name, unpublished=root / name / OUTPUTS / RECEIPT) as lock:
+    with claimed(root, name, job) as claim:
         if not launch.force and (found := receipts.find(root, name, code)):
             logger.info("%s: nothing changed, taking %s", job, found.folder)
             tail.send(found.folder)
@@ -116,10 +116,11 @@ def launch(
         _admit(work, description, launch)
         write_json(work / "job.json", description)
         if not (work / OUTPUTS / RECEIPT).exists():
-            _run(description, work, launch, lock, tail)
+            _run(description, work, launch, claim.handle, tail)
         tail.send(work / OUTPUTS)
         facts = read_json(work / OUTPUTS / RECEIPT)["facts"]
         speed = read_json(work / SPEED) if (work / SPEED).exists() else {}
+        claim.keeps = True
         return Receipt(job, name, code, work / OUTPUTS, facts, _seconds(work), False, speed)
 
 
@@ -157,6 +158,7 @@ def _run_inline(description: dict[str, Any], work: Path, threads: int) -> None:
     from blip_pipelines.training.distributed import start
     from blip_pipelines.training.loop import Stopped
 
+    torchrun.keep_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,18 @@ def environment(threads: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(own),  # workers import what the launcher imports
     }
     return {name: value if name in OURS else os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def keep_memory() -> None:
+    """What `environment` asks of glibc for workers, asked of this process; whatever is set outside holds."""
+    import ctypes
+
+    if sys.platform != "linux" or "MALLOC_MMAP_MAX_" in os.environ or "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        return
+    with suppress(AttributeError):  # another C library
+        ask = ctypes.CDLL(None).mallopt
+        ask(-4, 0)  # M_MMAP_MAX
+        ask(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def run(

@@ -34,7 +34,7 @@ from blip_pipelines.models.exports import quietly
 from blip_pipelines.models.frozen import Frozen
 from blip_pipelines.models.gguf import write_llama
 from blip_pipelines.models.keys_values import KeysValues
-from blip_pipelines.models.language_attention import widen_attention
+from blip_pipelines.models.language_attention import choose_attention
 from blip_pipelines.models.precision import Precision, dtype_of
 from blip_pipelines.models.scratch_language import ScratchConfig, scratch_llama
 
@@ -94,7 +94,7 @@ class LanguageModel(Frozen):
 
     def __init__(self, model: PreTrainedModel, stock_tokenizer: PreTrainedTokenizerBase, end: str | None = None):
         super().__init__()
-        widen_attention(model)
+        choose_attention(model)
         self.model: Any = model
         self.model.get_output_embeddings().register_forward_pre_hook(_lay_out_states)
         self.decoder_only = not model.config.is_encoder_decoder

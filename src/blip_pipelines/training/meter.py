@@ -33,7 +33,7 @@ class Meter:
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
         self._steps = 0
         self._waited = self._paused = 0.0
-        self._started = self._first = time.perf_counter()
+        self._started = time.perf_counter()
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time until each is there counts as waiting for data."""
@@ -58,17 +58,18 @@ class Meter:
         """An optimizer step has ended."""
         self._steps += 1
         if self._steps == SETTLING_STEPS:
-            self._waited = self._paused = 0.0
-            self._started = time.perf_counter()
+            self._settled = time.perf_counter(), self._waited, self._paused
 
     def numbers(self) -> dict[str, float]:
         """Samples per second, share of the time spent waiting for data, peak memory; MFU where it can be known."""
-        settled = self._steps > SETTLING_STEPS
-        steps = self._steps - SETTLING_STEPS if settled else self._steps
-        seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
+        steps, started, waited, paused = self._steps, self._started, 0.0, 0.0
+        if steps > SETTLING_STEPS:
+            steps -= SETTLING_STEPS
+            started, waited, paused = self._settled
+        seconds = max(time.perf_counter() - started - (self._paused - paused), 1e-9)
         found = {
             "samples_per_second": steps * self.samples_per_step / seconds,
-            "data_wait_share": self._waited / seconds,
+            "data_wait_share": (self._waited - waited) / seconds,
             "peak_memory_bytes": float(peak_memory_bytes()),
         }
         if self.flops_per_sample:
