@@ -85,7 +85,6 @@ class Project:
         self.edit("instruct_tuning", prompting=prompting, limits=limits, training=few, launch={"mode": "inline"})
         self.edit(
             "evaluation",
-            subsets=["all"],
             bootstrap_draws=100,
             questions={"prompting": prompting, "limits": limits, "rows": 2, "bootstrap_draws": 100},
             med_questions={"limits": {"question": 40, "answer": 12}, "rows": 2, "bootstrap_draws": 100},

@@ -59,10 +59,13 @@ class StageTaken(RuntimeError):
 class HoldStages:
     """Two runs must not write the outputs of one stage at once: the second is refused."""
 
+    def __init__(self) -> None:
+        self._held: list[int] = []
+
     @hook_impl
     def after_context_created(self, context: Any) -> None:
+        self._let_go()  # of a run in this process that no hook has seen the end of
         self._folder = Path(context.project_path) / context.config_loader["globals"]["data"]
-        self._held: list[int] = []
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline) -> None:
@@ -75,11 +78,11 @@ class HoldStages:
                 raise StageTaken(f"{stage}: process {found} is at this stage in {self._folder}; wait for it or stop it")
             self._held.append(found)
 
-    @hook_impl
+    @hook_impl(trylast=True)  # after what was made is recorded
     def after_pipeline_run(self) -> None:
         self._let_go()
 
-    @hook_impl
+    @hook_impl(trylast=True)
     def on_pipeline_error(self) -> None:
         self._let_go()
 
@@ -133,10 +136,10 @@ class TrackRuns:
         self._parent.log_parameters(run_params["runtime_params"])
         log.info("MLflow: run %s in %s", self._parent.id, self._store.uri)
         atexit.register(self._finish, "KILLED")  # Ctrl-C reaches no hook of Kedro
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(
-                signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-            )  # so that this runs at exit as well
+        in_order = "SequentialRunner" in str(run_params.get("runner"))  # others have jobs in threads, which would go on
+        is_main = threading.current_thread() is threading.main_thread()
+        if in_order and is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # for this to run at exit as well
 
     @hook_impl
     def before_node_run(self, node: Node) -> None:
@@ -184,7 +187,12 @@ class TrackRuns:
 
     @hook_impl
     def on_pipeline_error(self, error: Exception) -> None:
-        self._finish("FAILED", error)
+        from blip_pipelines.jobs.torchrun import JobStopped
+
+        if isinstance(error, JobStopped):
+            self._finish("KILLED")
+        else:
+            self._finish("FAILED", error)
 
     def _finish(self, status: str, error: Exception | None = None) -> None:
         if self._parent is None:

@@ -78,14 +78,18 @@ def test_who_stops_it_stops_what_runs(tmp_path, parallel, number):
     )
     launcher = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from pathlib import Path\nfrom blip_pipelines.commands.side_by_side import Task, perform\n"
         f"perform([Task('long', [sys.executable, '-c', {code!r}], Path({str(tmp_path)!r}))] * {parallel}, {parallel})"
     )
-    with subprocess.Popen([sys.executable, "-c", launcher], stderr=subprocess.DEVNULL) as process:
+    command = [sys.executable, "-c", launcher]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 30
         while len([*tmp_path.glob("*.begun")]) < parallel:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        assert process.stdout
+        process.stdout.close()  # who shows it goes first, as `| tee` does
         process.send_signal(number)
         assert process.wait(20) != 0
     assert len([*tmp_path.glob("*.saved")]) == parallel
@@ -137,9 +141,9 @@ def test_a_container_has_what_its_limit_leaves_but_for_cached_files(tmp_path, mo
     assert available_bytes() > 1 << 20
 
 
-def test_cores_are_all_given_out_and_shared_where_they_are_few(monkeypatch):
+def test_cores_are_given_out_equally_and_shared_where_they_are_few(monkeypatch):
     monkeypatch.setattr(side_by_side, "_cores", lambda: [0, 1, 2, 3, 4])
-    assert cores_of(2) == [{0, 1, 2}, {3, 4}]
+    assert cores_of(2) == [{0, 1}, {2, 3}]
     assert cores_of(1) == [{0, 1, 2, 3, 4}]
     monkeypatch.setattr(side_by_side, "_cores", lambda: [3])
     assert cores_of(2) == [{3}, {3}]

@@ -50,6 +50,15 @@ def test_an_unequal_number_of_seeds_is_shown_but_not_compared(tmp_path):
     assert not any("_over_" in name for name in found["metrics"])
 
 
+def test_runs_that_were_measured_on_other_rows_are_shown_but_not_compared(tmp_path, caplog):
+    for seed, rows in ((0, 2), (1, 3)):
+        for stage in ("med", "boot"):
+            run(tmp_path / "none" / str(seed), stage, [1.0] * rows)
+    metrics = collect(tables((0, 1)), tmp_path)["metrics"]
+    assert "ablation/both/cider/combo" in metrics and not any("_over_" in name for name in metrics)
+    assert "both over none: not compared" in caplog.text
+
+
 def test_all_subsets_together_are_their_samples_not_their_means(tmp_path):
     for stage, gain in (("med", 0.0), ("boot", 1.0)):
         folder = tmp_path / "none" / "0"

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +13,7 @@ from blip_pipelines.data.features import FeatureCache
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.evaluation.captioning import score_captions
 from blip_pipelines.evaluation.evidence import read_captions, read_queries
-from blip_pipelines.evaluation.held_out import NothingToMeasure
+from blip_pipelines.evaluation.held_out import NothingToMeasure, subsets_of
 from blip_pipelines.training.distributed import World
 
 
@@ -129,8 +131,21 @@ def test_bfloat16_changes_no_more_than_rounding(done, inputs, tmp_path):
     assert found == pytest.approx(expected, abs=0.1)
 
 
+def test_data_without_subsets_are_looked_at_as_a_whole():
+    """Whatever the default names, whose data have some."""
+
+    def chosen(there, wanted):
+        return subsets_of(SimpleNamespace(column=lambda name: there), wanted)
+
+    assert chosen(["all", "all"], ["image", "combo"]) == ["all"]
+    assert chosen(["concept", "image", None], ["image", "combo"]) == ["image"]
+    assert chosen(["concept", "image"], None) == ["concept", "image"]
+    with pytest.raises(NothingToMeasure, match="the split has concept"):
+        chosen(["concept"], ["image"])
+
+
 def test_a_subset_that_is_not_there_is_named_with_those_that_are(inputs, tmp_path):
-    with pytest.raises(NothingToMeasure, match=r"'test' in all.*has combo, image"):
-        evaluate(World(), {**CONFIG, "subsets": ["all"]}, inputs, tmp_path)
+    with pytest.raises(NothingToMeasure, match=r"in concept; the split has combo, image"):
+        evaluate(World(), {**CONFIG, "subsets": ["concept"]}, inputs, tmp_path)
     with pytest.raises(ConfigError, match=r"evaluation\.beam\.beems"):
         evaluate(World(), {"beam": {"beems": 2}}, inputs, tmp_path)

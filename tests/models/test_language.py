@@ -7,6 +7,7 @@ import torch
 from blip2_samples import language_stock, spoken_tokenizer, tiny_language
 from torch.nn.functional import cross_entropy
 
+from blip_pipelines.models import language_attention
 from blip_pipelines.models.frozen import weights_hash
 from blip_pipelines.models.gguf import write_llama
 from blip_pipelines.models.language import LanguageConfig, LanguageError, LanguageModel, dense_folder, open_language
@@ -194,24 +195,40 @@ def test_half_precision_weights_are_loaded_not_cast(tmp_path):
     assert relative < 0.05  # some twenty roundings of 2^-9 in a row
 
 
+def gradient_of(language: LanguageModel, with_past: bool = False, padded: bool = False) -> torch.Tensor:
+    """Of the prefix, for some function of the states."""
+    ids = torch.tensor([[language.tokenizer.start, 5, 6, 7, language.tokenizer.end]] * 2)
+    states = prefix(language, rows=2).requires_grad_()
+    mask = torch.ones(states.shape[:2], dtype=torch.bool)
+    mask[1, :1] = False
+    past = language.remember(prefix(language, rows=1)) if with_past else None
+    found = language.hidden(states, ids, mask if padded else None, past).float()
+    (found * torch.linspace(-1, 1, found.numel()).sin().view_as(found)).sum().backward()
+    return states.grad
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("with_past", [False, True])
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_plain_attention_gives_the_gradient_of_stock_attention(kind, with_past, padded, monkeypatch):
+    language = tiny_language(kind)
+    found = {}
+    for is_fused in (False, True):
+        monkeypatch.setattr(language_attention, "is_fused", lambda *_, is_fused=is_fused: is_fused)
+        found[is_fused] = gradient_of(language, with_past, padded)
+    assert (found[False] - found[True]).norm() < 1e-5 * found[True].norm()
+
+
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_attention_in_half_precision_is_near_the_exact_gradient_as_stock_attention_is(kind, tmp_path):
     stock = language_stock(kind).to(torch.bfloat16)
     language = LanguageModel(stock, spoken_tokenizer())
-    ids = torch.tensor([[language.tokenizer.start, 5, 6, 7, language.tokenizer.end]])
-
-    def gradient() -> torch.Tensor:
-        states = prefix(language, rows=1).requires_grad_()
-        found = language.hidden(states, ids).float()
-        (found * torch.linspace(-1, 1, found.numel()).sin().view_as(found)).sum().backward()
-        return states.grad
-
     assert stock.config._attn_implementation == "sdpa_or_plain"
-    ours = gradient()
+    ours = gradient_of(language)
     stock.set_attn_implementation("sdpa")
-    theirs = gradient()
+    theirs = gradient_of(language)
     stock.float()
-    exact = gradient()
+    exact = gradient_of(language)
     assert not torch.equal(ours, theirs)
     for found in (ours, theirs):
         assert (found - exact).norm() < 0.1 * exact.norm()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from kedro.framework.hooks import hook_impl
 from kedro.framework.hooks.manager import _create_hook_manager, _register_hooks
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Node, Pipeline
@@ -13,6 +14,7 @@ from kedro.runner import SequentialRunner
 
 from blip_pipelines import hooks
 from blip_pipelines.config import ConfigError
+from blip_pipelines.jobs.torchrun import JobStopped
 from blip_pipelines.pipelines.datasets import Json
 from blip_pipelines.tracking import runs
 from blip_pipelines.tracking.runs import Store
@@ -168,21 +170,58 @@ def test_kedro_starts_without_the_heavy_libraries():
     assert done.returncode == 0, done.stderr
 
 
-def test_two_runs_at_one_stage_of_a_data_folder_are_kept_apart(tmp_path):
-    def hold(data: str, pipeline: Pipeline) -> hooks.HoldStages:
-        found = hooks.HoldStages()
-        found.after_context_created(SimpleNamespace(project_path=tmp_path, config_loader={"globals": {"data": data}}))
-        found.before_pipeline_run(pipeline)
-        return found
+def hold(root: Path, data: str, pipeline: Pipeline) -> hooks.HoldStages:
+    found = hooks.HoldStages()
+    found.after_context_created(SimpleNamespace(project_path=root, config_loader={"globals": {"data": data}}))
+    found.before_pipeline_run(pipeline)
+    return found
 
-    first = hold("data", two_stages())
+
+def test_two_runs_at_one_stage_of_a_data_folder_are_kept_apart(tmp_path):
+
+    first = hold(tmp_path, "data", two_stages())
     with pytest.raises(hooks.StageTaken, match=rf"evaluation: process \d+ is at this stage in {tmp_path / 'data'}"):
-        hold("data", two_stages().only_nodes("measure"))
-    hold("data/ablations/noise/0", two_stages()).after_pipeline_run()
+        hold(tmp_path, "data", two_stages().only_nodes("measure"))
+    hold(tmp_path, "data/ablations/noise/0", two_stages()).after_pipeline_run()
     first.on_pipeline_error()
-    again = hold("data", two_stages().only_nodes("measure"))
-    hold("data", two_stages().only_nodes("train")).after_pipeline_run()  # another stage
+    again = hold(tmp_path, "data", two_stages().only_nodes("measure"))
+    hold(tmp_path, "data", two_stages().only_nodes("train")).after_pipeline_run()  # another stage
     again.after_pipeline_run()
+
+
+def test_stages_are_held_until_what_they_made_is_recorded(tmp_path):
+    """By the order in which a session calls hooks."""
+
+    class Recorder:
+        @hook_impl
+        def after_pipeline_run(self) -> None:
+            with pytest.raises(hooks.StageTaken):
+                hold(tmp_path, "data", two_stages())
+
+    manager = _create_hook_manager()
+    _register_hooks(manager, (Recorder(), held := hooks.HoldStages()))
+    held.after_context_created(SimpleNamespace(project_path=tmp_path, config_loader={"globals": {"data": "data"}}))
+    about = {"run_params": {}, "pipeline": two_stages(), "catalog": DataCatalog()}
+    manager.hook.before_pipeline_run(**about)
+    manager.hook.after_pipeline_run(run_result={}, **about)
+    hold(tmp_path, "data", two_stages()).after_pipeline_run()
+
+
+def test_a_run_that_was_interrupted_holds_nothing_when_the_next_one_starts(tmp_path):
+    """In a notebook: Ctrl-C reaches no hook."""
+    interrupted = hold(tmp_path, "data", two_stages())
+    context = SimpleNamespace(project_path=tmp_path, config_loader={"globals": {"data": "data"}})
+    interrupted.after_context_created(context)
+    interrupted.before_pipeline_run(two_stages())
+    interrupted.after_pipeline_run()
+
+
+def test_a_job_that_was_told_to_stop_is_no_failure(run):
+    def stopped(parameters):
+        raise JobStopped("SIGTERM: the job saves and stops")
+
+    _, found = run(Pipeline([Node(stopped, "params:med_pretraining", "metrics", name="t", tags="med_pretraining")]))
+    assert {each.info.status for each in found.values()} == {"KILLED"}
 
 
 @pytest.mark.slow
@@ -196,6 +235,7 @@ def test_sigterm_marks_the_run_killed(tmp_path):
         f"root = Path({str(tmp_path)!r})\n"
         "hook.after_context_created(Of(project_path=root, config_loader={'tracking': tracking}))\n"
         "about = {'run_id': 'now', 'env': None, 'pipeline_names': None, 'runtime_params': {}}\n"
+        "about['runner'] = 'SequentialRunner'\n"
         "hook.before_pipeline_run(about, Pipeline([]), DataCatalog())\nprint('begun', flush=True)\ntime.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

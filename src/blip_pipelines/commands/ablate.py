@@ -25,7 +25,7 @@ RUN_BYTES = 4 << 30  # of memory that a run of the default's size may take
 @click.command()
 @click.argument("names", nargs=-1)
 @click.option("--seed", "seeds", type=int, multiple=True, help="Only these of the configured seeds.")
-@click.option("--parallel", type=click.IntRange(1), help="Runs side by side; by default one a core, one with a GPU.")
+@click.option("--parallel", type=click.IntRange(1), help="Side by side; else one a core and 4 GiB, one with a GPU.")
 @click.option("--collect", "only_collect", is_flag=True, help="Run nothing: tables of what is there.")
 def ablate(names: tuple[str, ...], seeds: tuple[int, ...], parallel: int | None, only_collect: bool) -> None:
     """Run the ablations of conf/ablations.yml and write data/08_reporting/ablations.json.

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +69,12 @@ def perform(tasks: Sequence[Task], parallel: int) -> list[Task]:
 
 
 def cores_of(parallel: int) -> list[set[int]]:
-    """The cores of each of so many processes; disjoint unless there are fewer cores than processes."""
-    import numpy as np
-
+    """The cores of each of so many processes: equally many, so that sums round alike wherever one of them runs;
+    disjoint unless there are fewer cores than processes.
+    """
     cores = _cores()
-    parts = [set(part.tolist()) for part in np.array_split(cores, parallel)]
-    return [part or {cores[place % len(cores)]} for place, part in enumerate(parts)]
+    each = max(len(cores) // parallel, 1)
+    return [{cores[(place * each + n) % len(cores)] for n in range(each)} for place in range(parallel)]
 
 
 def available_bytes() -> int:
@@ -124,10 +124,13 @@ def _stopping(running: list[_Running]) -> Iterator[None]:
         yield
     finally:
         try:
-            if running:
-                click.echo(f"stopping {len(running)}: they save at the end of their step; Ctrl-C again kills them")
+            for number in STOPS:  # a terminal that goes says so more than once
+                signal.signal(number, signal.SIG_IGN)
             for each in running:
                 each.process.terminate()
+            with suppress(OSError):  # what shows it may be gone
+                if running:
+                    click.echo(f"stopping {len(running)}: they save at the end of their step; Ctrl-C again kills them")
             for each in running:
                 each.process.wait()
         finally:

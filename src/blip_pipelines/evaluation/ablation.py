@@ -1,5 +1,6 @@
 """The lines of the ablation tables, out of what each run measured: means over seeds, and what is better than what."""
 
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ from typing import Any
 from blip_pipelines.data.storage import read_json
 from blip_pipelines.evaluation.comparison import compare_scores
 from blip_pipelines.evaluation.page import Html, is_number, note, plain, table, tag
-from blip_pipelines.evaluation.scores import Scores, scores_of
+from blip_pipelines.evaluation.scores import Sample, Scores, scores_of
+
+log = logging.getLogger(__name__)
 
 ALL = "all"  # among a table's subsets: the samples of all of them, each measured within its own
 
@@ -89,8 +92,11 @@ def collect(tables: Mapping[str, Table], root: Path) -> dict[str, Any]:
             metrics |= _means(row, [_measured(folder, stages[row], pool) for folder in found])
         for row, other in each.better.items():
             if done[row] and len(done[row]) == len(done[other]):
-                new, old = (_over_seeds([_scores(f, stages[line], pool) for f in done[line]]) for line in (row, other))
-                metrics |= _comparison(row, other, new, old)
+                new, old = ([_scores(f, stages[line], pool) for f in done[line]] for line in (row, other))
+                if _samples(new) == _samples(old) is not None:
+                    metrics |= _comparison(row, other, _over_seeds(new), _over_seeds(old))
+                else:
+                    log.warning("%s over %s: not compared, as they were not measured on the same rows", row, other)
         lines = {row: len(found) for row, found in done.items() if found}
         if lines:
             shown[name] = {
@@ -134,6 +140,12 @@ def _comparison(row: str, other: str, new: Scores, old: Scores) -> dict[str, flo
         for (metric, subset), found in compare_scores(new, old).items()
         for end, value in (("", found.mean), ("_low", found.low), ("_high", found.high))
     }
+
+
+def _samples(of_seeds: Sequence[Scores]) -> dict[tuple[str, str], set[Sample]] | None:
+    """What was asked of each seed; None if it was not the same."""
+    first, *others = ({name: {*samples} for name, samples in scores.items()} for scores in of_seeds)
+    return first if all(other == first for other in others) else None
 
 
 def _over_seeds(of_seeds: Sequence[Scores]) -> Scores:

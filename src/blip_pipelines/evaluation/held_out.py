@@ -11,6 +11,8 @@ import numpy as np
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.evaluation.retrieval import Gallery
 
+WHOLE = "all"  # the one subset of data that have none, as ingestion names it
+
 
 class NothingToMeasure(ValueError):
     """The table has no rows where the parameters look for them; the message says where there are some."""
@@ -50,12 +52,20 @@ def held_out(pairs: Pairs, split: str, subsets: Sequence[str]) -> list[HeldOut]:
     Raises:
         NothingToMeasure: none of them has any.
     """
-    views = {subset: pairs.select(split=split, subset=subset) for subset in subsets}
-    found = [HeldOut(subset, rows) for subset, rows in views.items() if len(rows)]
+    rows = pairs.select(split=split)
+    return [HeldOut(subset, rows.select(subset=subset)) for subset in subsets_of(rows, subsets)]
+
+
+def subsets_of(rows: Pairs, wanted: Sequence[str] | None) -> list[str]:
+    """Those wanted that have rows, in their order; all that have some, if none is named or the data have no subsets.
+
+    Raises:
+        NothingToMeasure: none of them has any.
+    """
+    there = sorted({*rows.column("subset")} - {None})
+    found = there if wanted is None or there == [WHOLE] else [subset for subset in wanted if subset in there]
     if not found:
-        others = sorted(set(pairs.select(split=split).column("subset")) - {None})
         raise NothingToMeasure(
-            f"evaluation.subsets: no rows of split '{split}' in {', '.join(subsets)}; "
-            f"the table has {', '.join(others) or 'none of that split'}"
+            f"subsets: no held-out rows in {', '.join(wanted or ())}; the split has {', '.join(there) or 'none'}"
         )
     return found

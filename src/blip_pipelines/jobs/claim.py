@@ -42,7 +42,7 @@ def claimed(root: Path, name: str, what: str) -> Iterator[Claim]:
         what: is being made, for that message.
 
     Raises:
-        StorageError: the folder is on a file system without locks.
+        StorageError: the folder cannot be written, or is on a file system without locks.
     """
     path = _path(root, name)
     kept = _take(path)
@@ -67,9 +67,11 @@ def release(root: Path, name: str) -> None:
 
 
 def _take(path: Path) -> int | None:
-    """What this thread kept, if it is still the lock."""
-    handle, thread = _kept.get(path, (0, 0))
-    if thread != threading.get_ident():
+    """What this thread kept, or one that is gone, if it is still the lock."""
+    if path not in _kept:
+        return None
+    handle, owner = _kept[path]
+    if owner != threading.get_ident() and owner in {thread.ident for thread in threading.enumerate()}:
         return None
     del _kept[path]
     if _lies_at(path, handle):
@@ -91,8 +93,13 @@ def _wait(path: Path, what: str) -> int:
 def attempt(path: Path) -> int | str:
     """A file descriptor that holds the lock on a file, or else the number of the process that has it."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise StorageError(
+                f"{path}: cannot open ({error}); who runs a stage must be able to write there"
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -101,7 +108,7 @@ def attempt(path: Path) -> int | str:
             return holder or "?"
         except OSError as error:
             os.close(handle)
-            raise StorageError(f"{path}: cannot lock ({error}); choose another folder as launch.work") from error
+            raise StorageError(f"{path}: cannot lock ({error}); work on a file system that has locks") from error
         if _lies_at(path, handle):
             os.truncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode(), 0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from blip_pipelines.data.loader import Batch
 from blip_pipelines.data.pairs import Pairs
 from blip_pipelines.evaluation.captioning import score_captions
-from blip_pipelines.evaluation.held_out import HeldOut
+from blip_pipelines.evaluation.held_out import HeldOut, subsets_of
 from blip_pipelines.inference.generation import GenerationConfig
 from blip_pipelines.inference.language_decoder import write_captions
 from blip_pipelines.jobs.blip2_parts import Blip2Parts
@@ -25,7 +25,7 @@ class ProbeConfig:
     """Which rows.
 
     Args:
-        subsets: of the split; null for all it has.
+        subsets: of the split; null for all it has. Data without subsets are looked at as a whole.
         rows: of a subset, the first ones, for the loss.
         captions: images of them to write captions for, scored by CIDEr-D; 0 for none.
     """
@@ -55,7 +55,7 @@ class LanguageProbe:
         self.task = GenerativePretraining(model, objective, World())
         self.scenes: dict[str, tuple[HeldOut, Batch]] = {}
         held_out = pairs.select(split=config.split)
-        for subset in config.subsets or sorted({*held_out.column("subset")} - {None}):
+        for subset in subsets_of(held_out, config.subsets):
             rows = held_out.select(subset=subset)
             held = HeldOut(subset, rows.select(rows=np.arange(min(len(rows), config.rows))))
             ids, mask = parts.language.tokenizer(held.captions, max_tokens, objective.prompt)

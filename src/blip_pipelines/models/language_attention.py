@@ -30,27 +30,22 @@ def _attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     needs_gradient = query.requires_grad or value.requires_grad
-    if is_fused(query.device.type, query.dtype, needs_gradient) or settings.get("dropout"):
+    is_plain = settings.get("position_bias") is None and not settings.get("dropout")
+    if is_fused(query.device.type, query.dtype, needs_gradient) or not is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    is_causal = settings.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    bias = _bias(query, key, attention_mask, is_causal, settings.get("position_bias"))
-    scaling = settings.get("scaling")
+    scaling, is_causal = settings.get("scaling"), settings.get("is_causal")
     scaled_BHTd = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    bias = _bias(query, key, attention_mask, getattr(module, "is_causal", True) if is_causal is None else is_causal)
     return attend_in_groups(scaled_BHTd, key, value, bias).transpose(1, 2).contiguous(), None
 
 
-def _bias(
-    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, position_bias: Tensor | None
-) -> Tensor | None:
-    """What is added to the scores, (1 or B, 1 or H, T, S): as stock attention has it."""
+def _bias(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """What is added to the scores, (1 or B, 1 or H, T, S), in place of a mask that hides or adds."""
     if mask is None and is_causal and query.shape[2] > 1:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
-    if mask is not None and mask.dtype == torch.bool:
-        mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
-    if mask is None or position_bias is None:
-        return position_bias if mask is None else mask
-    return mask + position_bias
+    if mask is None or mask.dtype != torch.bool:
+        return None if mask is None else mask.to(query.dtype)
+    return query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
 def attend_in_groups(query_BHTd: Tensor, key_BGSd: Tensor, value_BGSd: Tensor, bias: Tensor | None) -> Tensor:
