@@ -37,7 +37,7 @@ data/01_raw/packages/.fetched: packages.txt | .venv/.installed
 run: setup packages ## everything: data, training, evaluation, registry, report (ENV=base)
 	$(BIN)/kedro run --env $(ENV)
 
-ablations: setup packages ## after `make run`: what each part is worth, into the report (an hour and a half of two cores)
+ablations: setup packages ## after `make run`: what each part is worth, into the report (an hour and a quarter of two cores)
 	$(BIN)/kedro ablate
 	$(BIN)/kedro run --pipelines release
 
