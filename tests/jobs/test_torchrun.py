@@ -5,6 +5,7 @@ The launcher that is killed stands in for Kedro: a process of its own which call
 
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -141,3 +142,20 @@ def test_launcher_told_to_stop_saves_at_the_end_of_a_step(
 def test_worker_told_to_stop_is_no_failure(tmp_path: Path) -> None:
     with pytest.raises(JobStopped, match="run it again"):
         start(tmp_path, 2, {"step": 3, "rank": 1, "how": "terminate"})
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asked of glibc alone")
+def test_memory_that_a_job_inside_this_process_frees_stays_with_it() -> None:
+    """Or each large tensor is faulted in anew, page by page; above 32 MiB glibc always gives back by itself."""
+    code = (
+        "import resource, sys\nfrom blip_pipelines.jobs.torchrun import keep_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(10): bytearray(1 << 26)[::4096] = bytes(1 << 14)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "given_back = faults()\nkeep_memory()\nfaults()\nprint(faults() < given_back / 4)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n", done.stderr
